@@ -1,0 +1,47 @@
+PORT ?= 8000
+PYTHON ?= python3
+BUNDLE := build/demo
+CHECKPOINT := service/seqloss/demo/checkpoint
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: help serve test check demo-bundle demo-checkpoint constraints clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: $(BUNDLE)/manifest.json  ## Serve the demo model; PORT=8000 by default
+	@$(BIN)/python -m seqloss.demo.greeting --port $(PORT)
+	@$(BIN)/seqloss serve demo=$(BUNDLE) --port $(PORT)
+
+test: $(INSTALLED)  ## Run all tests
+	$(BIN)/pytest
+
+check: $(INSTALLED)  ## Format, lint, types, import rule, README
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest tests/docs
+
+demo-bundle: $(BUNDLE)/manifest.json  ## Export the demo checkpoint
+
+demo-checkpoint: $(INSTALLED)  ## Train the demo model again: about ten minutes on two cores
+	$(BIN)/python -m seqloss.demo.recipe --output $(CHECKPOINT)
+
+constraints: $(INSTALLED)  ## Pin every dependency anew
+	echo 'torch==2.13.0' | $(BIN)/uv pip compile pyproject.toml --all-extras --universal \
+	  --python-version 3.11 --no-header --no-annotate --upgrade --constraint - \
+	  --output-file constraints.txt
+
+clean:  ## Remove what make made, the environment too
+	rm -rf .venv build
+
+$(BUNDLE)/manifest.json: $(INSTALLED) $(wildcard $(CHECKPOINT)/*)
+	$(BIN)/seqloss export $(CHECKPOINT) --output $(BUNDLE) --force
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[demo,test,check]'
+	@touch $@

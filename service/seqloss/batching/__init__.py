@@ -1,0 +1,1 @@
+"""From requests to batches: which pairs go together, and how they become one."""

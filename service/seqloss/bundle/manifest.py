@@ -1,0 +1,137 @@
+"""What a bundle says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from seqloss.records import BoolArray
+
+SCHEMA_VERSION: Literal[1] = 1
+MANIFEST_NAME = "manifest.json"
+WEIGHTS_NAME = "weights.safetensors"
+TERMS_GRAPH = "terms.pt2"
+ALL_TERMS_GRAPH = "all_terms.pt2"
+TOKENIZER_FOLDER = "tokenizer"
+
+EngineName = Literal["torch"]
+Precision = Literal["float32"]
+
+
+def _safe_path(text: str) -> str:
+    path = PurePosixPath(text)
+    unsafe = path.is_absolute() or ".." in path.parts or "\\" in text or str(path) != text
+    if unsafe or not path.parts or text == MANIFEST_NAME:
+        raise ValueError(f"{text!r} is not a path inside the bundle")
+    return text
+
+
+NumIds = Annotated[int, Field(gt=0, lt=2**31)]  # ids are of 32 bits
+SafePath = Annotated[str, AfterValidator(_safe_path)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Checkpoint(_Strict):
+    """Where the weights came from; the digest is over the weight files' SHA-256 in name order."""
+
+    name: str
+    digest: str
+
+
+class Vocabulary(_Strict):
+    """Sizes: rows of the source and target embeddings, and classes of the output projection."""
+
+    source: NumIds
+    target: NumIds
+    classes: NumIds
+    excluded_classes: list[tuple[NonNegativeInt, NonNegativeInt]] = []
+    """First and last of each range of classes that is kept out of the softmax."""
+
+    @property
+    def excluded(self) -> BoolArray:
+        """Which classes are kept out of the softmax. Shape: (classes,)."""
+        mask = np.zeros(self.classes, np.bool_)
+        for first, last in self.excluded_classes:
+            mask[first : last + 1] = True
+        return mask
+
+    @property
+    def num_classes(self) -> int:
+        """V: the classes of the softmax."""
+        return self.classes - int(self.excluded.sum())
+
+
+class SpecialIds(_Strict):
+    """Ids with a meaning, as the checkpoint's configuration names them."""
+
+    decoder_start: NonNegativeInt
+    pad: NonNegativeInt
+    bos: NonNegativeInt | None = None
+    eos: NonNegativeInt | None = None
+    forced_bos: NonNegativeInt | None = None
+    forced_eos: NonNegativeInt | None = None
+
+
+class Graph(_Strict):
+    """One exported loss graph, with the error it was measured to have.
+
+    Errors are absolute differences of token nlls, in nats, against transformers in float32 on the
+    self-test's pairs.
+    """
+
+    engine: EngineName
+    precision: Precision
+    layout: Literal["padded"]
+    folder: SafePath
+    exported_with: str
+    max_error: float = Field(ge=0)
+    mean_error: float = Field(ge=0)
+    tolerance: float = Field(gt=0, le=1)
+    """The largest error at which a device may call itself ready."""
+
+
+class SelfTest(_Strict):
+    """Pairs with the token nlls that transformers computes for them in float32, in nats."""
+
+    source_ids: list[list[NonNegativeInt]] = Field(min_length=1)
+    source_index: list[NonNegativeInt] = Field(min_length=1)
+    target_ids: list[list[NonNegativeInt]] = Field(min_length=1)
+    token_nlls: list[list[float]] = Field(min_length=1)
+
+
+class File(_Strict):
+    """One file of the bundle."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    num_bytes: NonNegativeInt
+
+
+class Manifest(_Strict):
+    """The whole of manifest.json."""
+
+    schema_version: Literal[1]
+    seqloss_version: str
+    family: str
+    checkpoint: Checkpoint
+    vocabulary: Vocabulary
+    special_ids: SpecialIds
+    max_source_tokens: PositiveInt | None
+    max_target_tokens: PositiveInt | None
+    weight_aliases: dict[str, str]
+    """Names that share a stored tensor, such as tied embeddings: alias to stored name."""
+    graphs: list[Graph] = Field(min_length=1)
+    self_test: SelfTest
+    files: dict[SafePath, File]
+
+
+def sha256_of(path: Path) -> str:
+    """The file's digest in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

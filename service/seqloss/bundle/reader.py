@@ -1,0 +1,157 @@
+"""Opens a bundle: every digest verified, every fault listed, nothing run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from seqloss.bundle.graph_archive import checked
+from seqloss.bundle.manifest import (
+    ALL_TERMS_GRAPH,
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    TERMS_GRAPH,
+    WEIGHTS_NAME,
+    Graph,
+    Manifest,
+    sha256_of,
+)
+from seqloss.errors import BundleError
+
+_MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A verified bundle on disk.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it says of itself.
+        digest: SHA-256 of the manifest, which holds the digests of all other files.
+    """
+
+    folder: Path
+    manifest: Manifest
+    digest: str
+
+    @property
+    def weights_path(self) -> Path:
+        """The safetensors file that all graphs share."""
+        return self.folder / WEIGHTS_NAME
+
+    def graph_archive(self, graph: Graph, name: str) -> bytes:
+        """A graph's program, read, held against its digest and checked.
+
+        Raises:
+            BundleError: the file was changed since the bundle was opened, or could run code.
+        """
+        path = f"{graph.folder}/{name}"
+        content = (self.folder / path).read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.manifest.files[path].sha256:
+            raise BundleError(f"{self.folder / path} changed while it was read")
+        try:
+            return checked(content)
+        except BundleError as error:
+            raise BundleError(f"{self.folder / path}: {error.detail}", error.faults) from error
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Reads the manifest and holds every file against it.
+
+    Raises:
+        BundleError: it is not a bundle, is of another schema version, or its files are not those
+            that the manifest lists; all faults at once.
+    """
+    content = _manifest_bytes(folder)
+    manifest = _parse(folder, content)
+    faults = _layout_faults(manifest) + _file_faults(folder, manifest)
+    if faults:
+        raise BundleError(f"{folder} is not a bundle that can be trusted", faults)
+    return Bundle(folder, manifest, hashlib.sha256(content).hexdigest())
+
+
+def _manifest_bytes(folder: Path) -> bytes:
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is not a folder; make a bundle with `seqloss export`")
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(
+            f"{folder} has no {MANIFEST_NAME}: it is not a bundle; if it is a checkpoint, run "
+            f"`seqloss export {folder} --output BUNDLE` first"
+        )
+    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} is larger than any manifest")
+    return path.read_bytes()
+
+
+def _parse(folder: Path, content: bytes) -> Manifest:
+    try:
+        version = json.loads(content)["schema_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(f"{folder / MANIFEST_NAME} is not a manifest: {error!r}") from error
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{folder} has schema version {version!r}, and this seqloss reads {SCHEMA_VERSION}; "
+            f"export the checkpoint again: `seqloss export CHECKPOINT --output {folder} --force`"
+        )
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise BundleError(f"{folder / MANIFEST_NAME} is not a valid manifest", faults) from error
+
+
+def _layout_faults(manifest: Manifest) -> list[str]:
+    """What the manifest must say for the rest of the program to take it at its word."""
+    graphs = [
+        f"{graph.folder}/{name}"
+        for graph in manifest.graphs
+        for name in (TERMS_GRAPH, ALL_TERMS_GRAPH)
+    ]
+    faults = [
+        f"{name} is not listed" for name in (WEIGHTS_NAME, *graphs) if name not in manifest.files
+    ]
+    vocabulary = manifest.vocabulary
+    if any(
+        first > last or last >= vocabulary.classes for first, last in vocabulary.excluded_classes
+    ):
+        faults.append("excluded_classes name classes that do not exist")
+    elif vocabulary.num_classes < 1:
+        faults.append("every class is excluded")
+    if vocabulary.target > vocabulary.classes:
+        faults.append("the decoder knows ids that the output projection does not")
+    return faults + [
+        f"special_ids.{name} is not in the vocabulary"
+        for name in ("decoder_start", "pad")
+        if getattr(manifest.special_ids, name) >= vocabulary.target
+    ]
+
+
+def _file_faults(folder: Path, manifest: Manifest) -> list[str]:
+    found = {str(path.relative_to(folder).as_posix()): path for path in sorted(folder.rglob("*"))}
+    faults = []
+    for name, path in found.items():
+        mode = path.lstat().st_mode
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+            faults.append(f"{name!r} is a link or a device, and a bundle holds plain files only")
+        elif stat.S_ISDIR(mode) and name in manifest.files:
+            faults.append(f"{name!r} is a folder, and the manifest describes a file")
+        elif stat.S_ISREG(mode) and name != MANIFEST_NAME and name not in manifest.files:
+            faults.append(f"{name!r} is not listed in the manifest")
+    for name, listed in manifest.files.items():
+        path = folder / name
+        if name not in found:
+            faults.append(f"{name!r} is missing")
+        elif stat.S_ISREG(path.lstat().st_mode) and not (
+            path.stat().st_size == listed.num_bytes and sha256_of(path) == listed.sha256
+        ):
+            faults.append(
+                f"{name!r} is not the file that the manifest describes; its digest differs"
+            )
+    return faults

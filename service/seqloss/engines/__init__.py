@@ -1,0 +1,1 @@
+"""Engines turn batches into token terms on a device."""

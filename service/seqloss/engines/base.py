@@ -1,0 +1,41 @@
+"""The whole contract between the service and whatever runs a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from seqloss.bundle.manifest import EngineName, Precision
+from seqloss.records import Batch, TokenTerms
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What runs the model, where, in which precision."""
+
+    engine: EngineName
+    device: str
+    precision: Precision
+    version: str
+
+
+class Engine(Protocol):
+    """One model on one device. Not thread-safe: one call at a time."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What runs the model, where, in which precision."""
+        ...
+
+    def score(self, batch: Batch) -> TokenTerms:
+        """The terms of the batch's K counted tokens, in the order of `batch.labels[counted]`.
+
+        Raises:
+            OutOfMemoryError: the batch does not fit; a smaller one may. The engine lives on.
+            EngineDeadError: no call will succeed until the process is started again.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees the device's memory; no call follows."""
+        ...

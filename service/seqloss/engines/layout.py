@@ -1,0 +1,60 @@
+"""Lays a ragged batch out as the padded graph wants it; the only place where padding exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from seqloss.records import Batch, Int64Array, Ragged
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedInputs:
+    """The inputs of the exported loss graph, in its order; all int64.
+
+    Attributes:
+        source_ids: Shape: (U, S).
+        source_mask: 1 where `source_ids` is a source's, 0 where it is padding. Shape: (U, S).
+        source_row: the row of `source_ids` that a target attends to. Shape: (B,).
+        decoder_input_ids: Shape: (B, T).
+        token_index: where the counted tokens stand, as b * T + t. Shape: (K,).
+        labels: the classes of the counted tokens. Shape: (K,).
+    """
+
+    source_ids: Int64Array
+    source_mask: Int64Array
+    source_row: Int64Array
+    decoder_input_ids: Int64Array
+    token_index: Int64Array
+    labels: Int64Array
+
+    def __iter__(self) -> Iterator[Int64Array]:
+        return (getattr(self, name) for name in self.__slots__)
+
+
+def padded(batch: Batch) -> PaddedInputs:
+    """Pads sources and targets with 0, which no mask lets through."""
+    source_ids, source_mask = _pad(batch.sources)
+    decoder_input_ids, _ = _pad(batch.decoder_input_ids)
+    targets = batch.decoder_input_ids
+    row = targets.row_of_value[batch.counted]
+    place = np.flatnonzero(batch.counted) - targets.offsets[row]
+    return PaddedInputs(
+        source_ids=source_ids,
+        source_mask=source_mask,
+        source_row=batch.source_row.astype(np.int64),
+        decoder_input_ids=decoder_input_ids,
+        token_index=row * decoder_input_ids.shape[1] + place,
+        labels=batch.labels[batch.counted].astype(np.int64),
+    )
+
+
+def _pad(rows: Ragged) -> tuple[Int64Array, Int64Array]:
+    """Values and mask. Shapes: (rows, longest)."""
+    lengths = rows.lengths
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    values = np.zeros(mask.shape, np.int64)
+    values[mask] = rows.values
+    return values, mask.astype(np.int64)

@@ -1,0 +1,135 @@
+"""Runs an exported loss graph in Torch, on a CPU or an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from seqloss.bundle.manifest import ALL_TERMS_GRAPH, TERMS_GRAPH, Graph
+from seqloss.bundle.reader import Bundle
+from seqloss.engines.base import EngineInfo
+from seqloss.engines.layout import PaddedInputs, padded
+from seqloss.errors import (
+    BundleError,
+    ConfigurationError,
+    EngineDeadError,
+    OutOfMemoryError,
+)
+from seqloss.records import Batch, TokenTerms
+
+
+class TorchEngine:
+    """One bundle's loss graphs on one device; see `seqloss.engines.base.Engine`."""
+
+    def __init__(self, bundle: Bundle, graph: Graph, device: str) -> None:
+        """Loads weights and graphs.
+
+        Raises:
+            BundleError: the graphs and the weights do not belong together.
+            ConfigurationError: there is no such device.
+        """
+        self._device = _device(device)
+        self._terms, self._all_terms = _load(bundle, graph, self._device)
+        self._info = EngineInfo("torch", str(self._device), graph.precision, torch.__version__)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What runs the model, where, in which precision."""
+        return self._info
+
+    def score(self, batch: Batch) -> TokenTerms:
+        """See `Engine.score`."""
+        graph = self._all_terms if batch.with_ranks_and_entropies else self._terms
+        with _device_errors(), torch.inference_mode():
+            inputs = [torch.from_numpy(array).to(self._device) for array in padded(batch)]
+            return TokenTerms(*(output.cpu().numpy() for output in graph(*inputs)))
+
+    def close(self) -> None:
+        """Frees the device's memory."""
+        del self._terms, self._all_terms
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"there is no device {name!r}: auto, cpu or cuda:N") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ConfigurationError(f"the Torch engine does not run on {name!r}: auto, cpu or cuda:N")
+    if not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"device {name!r} was asked for, and Torch {torch.__version__} finds no NVIDIA GPU; "
+            "install a CUDA build of Torch and a driver, or use --device cpu"
+        )
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"device {name!r} was asked for, and there are {torch.cuda.device_count()} GPUs"
+        )
+    return torch.device("cuda", index)
+
+
+def _load(bundle: Bundle, graph: Graph, device: torch.device) -> tuple[Any, Any]:
+    try:
+        weights = load_file(bundle.weights_path, device=str(device))
+        for alias, stored in bundle.manifest.weight_aliases.items():
+            weights[alias] = weights[stored]
+        return (
+            _module(bundle.graph_archive(graph, TERMS_GRAPH), weights, device),
+            _module(bundle.graph_archive(graph, ALL_TERMS_GRAPH), weights, device),
+        )
+    except (BundleError, torch.OutOfMemoryError):
+        raise
+    # A program that is malformed in a harmless way fails with whatever Torch stumbles over.
+    except Exception as error:
+        raise BundleError(
+            f"{bundle.folder} has graphs or weights that do not load: {error}"
+        ) from error
+
+
+def _module(archive: bytes, weights: dict[str, torch.Tensor], device: torch.device) -> Any:
+    """The program as a callable module that shares the given weights."""
+    program = torch.export.load(io.BytesIO(archive))
+    expected = list(PaddedInputs.__slots__)
+    if list(program.graph_signature.user_inputs) != expected:
+        raise BundleError(
+            f"a graph takes {list(program.graph_signature.user_inputs)}, not {expected}"
+        )
+    if device.type != "cpu":
+        from torch.export.passes import move_to_device_pass  # noqa: PLC0415 - a slow import
+
+        program = move_to_device_pass(program, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = program.module()
+    module.load_state_dict({name: weights[name] for name in module.state_dict()}, assign=True)
+    return module
+
+
+@contextmanager
+def _device_errors() -> Iterator[None]:
+    """Tells the errors of a full device and of a dead one from all others."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(str(error)) from error
+    except torch.AcceleratorError as error:
+        raise EngineDeadError(f"the device failed: {error}") from error
+    except RuntimeError as error:
+        if "allocate memory" in str(error):  # the CPU allocator has no error class of its own
+            raise OutOfMemoryError(str(error)) from error
+        raise
+    except MemoryError as error:
+        raise OutOfMemoryError("the host has no memory left") from error

@@ -1,0 +1,176 @@
+"""Reads a Hugging Face checkpoint, and says everything that is wrong with it at once."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers.utils import logging as transformers_logging
+
+from seqloss.bundle.manifest import SpecialIds, sha256_of
+from seqloss.errors import CheckpointError
+
+# Families whose losses a test compares with transformers.
+FAMILIES = ("bart", "blenderbot", "marian")
+
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# The largest ids that one message lists.
+_MOST_NAMES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCheckpoint:
+    """A checkpoint with complete weights, in float32, in inference mode.
+
+    Attributes:
+        name: as it was asked for, without the folders before it.
+        digest: SHA-256 over the digests of its weight files.
+        model: the `PreTrainedModel`.
+        special_ids: ids with a meaning.
+        tokenizer_files: what it has of `tokenizer.json` and its settings.
+    """
+
+    name: str
+    digest: str
+    model: Any
+    special_ids: SpecialIds
+    tokenizer_files: list[Path]
+
+    @property
+    def family(self) -> str:
+        """Transformers' `model_type`."""
+        return str(self.model.config.model_type)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest source and target, where the family bounds them."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+
+def load_checkpoint(name: str) -> LoadedCheckpoint:
+    """Loads a local folder, or a repository of the hub by its name.
+
+    Raises:
+        CheckpointError: it is not there, is not an encoder-decoder of a known family, or its
+            weights are incomplete; all faults at once.
+    """
+    folder = _folder(name)
+    config = _config(folder)
+    faults = _config_faults(config)
+    weight_files = sorted(path for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern))
+    if not weight_files:
+        faults.append("it has no weights: neither *.safetensors nor *.bin")
+    model = None
+    if weight_files and getattr(config, "is_encoder_decoder", False):
+        model, weight_faults = _model(folder)
+        faults += weight_faults
+    if faults or model is None:
+        raise CheckpointError(f"{name} cannot be exported", faults)
+    digests = "".join(sha256_of(path) for path in weight_files)
+    return LoadedCheckpoint(
+        name=name if folder != Path(name) else folder.resolve().name,
+        digest=hashlib.sha256(digests.encode()).hexdigest(),
+        model=model,
+        special_ids=_special_ids(config),
+        tokenizer_files=[path for file in _TOKENIZER_FILES if (path := folder / file).is_file()],
+    )
+
+
+def _folder(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise CheckpointError(f"{name} is a file; give the folder of a checkpoint")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{name} is neither a folder nor a checkpoint that the hub gave: {error}"
+        ) from error
+
+
+def _config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} has no configuration that transformers reads: {error}"
+        ) from error
+
+
+def _config_faults(config: Any) -> list[str]:
+    faults = []
+    if not getattr(config, "is_encoder_decoder", False):
+        faults.append(
+            f"its family, {config.model_type!r}, is not an encoder-decoder, and seqloss scores "
+            "targets given sources"
+        )
+    elif config.model_type not in FAMILIES:
+        faults.append(
+            f"its family, {config.model_type!r}, is not supported; these are: {', '.join(FAMILIES)}"
+        )
+    if getattr(config, "decoder_start_token_id", None) is None:
+        faults.append("its configuration has no decoder_start_token_id")
+    if getattr(config, "pad_token_id", None) is None:
+        faults.append("its configuration has no pad_token_id")
+    return faults
+
+
+def _model(folder: Path) -> tuple[Any, list[str]]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForSeq2SeqLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    # Broken files surface as whatever their parser raises: OSError, SafetensorError, ValueError...
+    except Exception as error:
+        return None, [f"its weights do not load: {error}"]
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    faults = []
+    if missing := sorted(info["missing_keys"]):
+        faults.append(f"its weights lack {_some(missing)}")
+    if mismatched := sorted(str(entry[0]) for entry in info["mismatched_keys"]):
+        faults.append(f"its weights have another shape than its configuration: {_some(mismatched)}")
+    if unexpected := sorted(info["unexpected_keys"]):
+        faults.append(f"its weights hold what its family has not: {_some(unexpected)}")
+    if broken := [
+        name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()
+    ]:
+        faults.append(f"its weights hold NaN or infinity in {_some(broken)}")
+    return model.eval(), faults
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
+
+
+def _special_ids(config: Any) -> SpecialIds:
+    def one(name: str) -> int | None:
+        value = getattr(config, name, None)
+        return value[0] if isinstance(value, list) else value
+
+    return SpecialIds(
+        decoder_start=config.decoder_start_token_id,
+        pad=config.pad_token_id,
+        bos=one("bos_token_id"),
+        eos=one("eos_token_id"),
+        forced_bos=one("forced_bos_token_id"),
+        forced_eos=one("forced_eos_token_id"),
+    )

@@ -1,0 +1,1 @@
+"""The wire: JSON in, problem documents out."""

@@ -1,0 +1,108 @@
+"""The composition root: settings and bundles become an application."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+
+from seqloss import __version__
+from seqloss.bundle.reader import Bundle
+from seqloss.engines.loader import load_engine
+from seqloss.http import problems
+from seqloss.http.middleware import RequestMiddleware
+from seqloss.http.routes import router
+from seqloss.metrics import Metrics
+from seqloss.runtime import LoadEngine, LossRuntime
+from seqloss.settings import Settings
+
+_LOG = logging.getLogger(__name__)
+
+# Replies are text; the fastest level takes most of what there is to gain.
+_COMPRESS_FROM_BYTES = 4096
+_COMPRESSION_LEVEL = 1
+
+
+def create_app(
+    bundles: Mapping[str, Bundle],
+    settings: Settings,
+    *,
+    registry: CollectorRegistry | None = None,
+    load: LoadEngine = load_engine,
+    on_fatal: Callable[[Exception], None] = lambda _: None,
+) -> FastAPI:
+    """An application that serves the bundles under their names.
+
+    It answers at once, and is ready when all engines are loaded and passed their self-tests.
+
+    Args:
+        bundles: opened bundles by the names of their models.
+        settings: limits and sizes.
+        registry: where metrics go; None makes one with the process's own metrics in it.
+        load: makes an engine of a bundle.
+        on_fatal: called when a model cannot be loaded or its engine died; the process should end.
+    """
+    metrics = Metrics(registry or _process_registry())
+    models = {
+        name: LossRuntime(name, bundle, settings, metrics.model(name), load, on_fatal)
+        for name, bundle in bundles.items()
+    }
+    app = FastAPI(
+        title="seqloss",
+        version=__version__,
+        summary="The loss of an encoder-decoder model as a service",
+        lifespan=_lifespan(models),
+        middleware=[
+            Middleware(RequestMiddleware, metrics=metrics, on_bug=problems.on_bug),
+            Middleware(
+                GZipMiddleware,
+                minimum_size=_COMPRESS_FROM_BYTES,
+                compresslevel=_COMPRESSION_LEVEL,
+            ),
+        ],
+    )
+    app.state.models = models
+    app.state.settings = settings
+    app.state.metrics = metrics
+    problems.install(app)
+    app.include_router(router)
+    return app
+
+
+def _lifespan(
+    models: Mapping[str, LossRuntime],
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # One thread per device: models that share it take turns.
+        with ThreadPoolExecutor(1, "seqloss-device") as device_thread:
+            loading = asyncio.create_task(_load_all(models, device_thread))
+            app.state.loading = loading
+            yield
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            await asyncio.gather(*(runtime.drain() for runtime in models.values()))
+
+    return lifespan
+
+
+async def _load_all(models: Mapping[str, LossRuntime], device_thread: ThreadPoolExecutor) -> None:
+    for runtime in models.values():
+        await runtime.start(device_thread)
+        if runtime.engine is not None:
+            _LOG.info("model %r is ready on %s", runtime.name, runtime.engine.info.device)
+
+
+def _process_registry() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry

@@ -1,0 +1,252 @@
+"""The endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Depends, Request
+from prometheus_client.exposition import choose_encoder
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from seqloss.checking import RequestArrays
+from seqloss.errors import InvalidRequestError, NotReadyError, UnknownModelError
+from seqloss.http.body import read_json_body
+from seqloss.http.problems import responses
+from seqloss.http.schemas import LossReply, LossRequest, encode_loss_reply, parse_loss_request
+from seqloss.metrics import Metrics
+from seqloss.runtime import LossRuntime
+from seqloss.settings import Settings
+
+# Parsing a larger body takes more than about half a millisecond, and would hold up the others.
+_PARSE_ON_LOOP_BYTES = 64 * 1024
+
+Models = Mapping[str, LossRuntime]
+_T = TypeVar("_T")
+
+router = APIRouter()
+
+
+def _models(request: Request) -> Models:
+    models: Models = request.app.state.models
+    return models
+
+
+def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+def _metrics(request: Request) -> Metrics:
+    metrics: Metrics = request.app.state.metrics
+    return metrics
+
+
+@router.post(
+    "/loss",
+    summary="Losses of targets given their sources",
+    response_class=Response,
+    responses={
+        200: {"model": LossReply, "description": "One array per quantity, entry i for target i"},
+        **responses(400, 404, 413, 415, 422, 429, 500, 503, 504),
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": LossRequest.model_json_schema()}},
+        }
+    },
+)
+async def post_loss(
+    request: Request,
+    models: Annotated[Models, Depends(_models)],
+    settings: Annotated[Settings, Depends(_settings)],
+    metrics: Annotated[Metrics, Depends(_metrics)],
+) -> Response:
+    """Masked per-token and aggregate losses of token ids, in nats."""
+    with metrics.inflight_requests.track_inprogress():
+        body = await read_json_body(request, settings.max_body_bytes)
+        started = time.perf_counter()
+        if len(body) > _PARSE_ON_LOOP_BYTES:
+            loss_request, arrays = await run_in_threadpool(_parse, body)
+        else:
+            loss_request, arrays = _parse(body)
+        request.state.timings["parse"] = time.perf_counter() - started
+        metrics.parse_duration.labels("json").observe(request.state.timings["parse"])
+        runtime = _model_named(models, loss_request.model)
+        options = loss_request.options(_stream(request, settings))
+        scored = await _while_connected(request, runtime.score(arrays, options))
+        request.state.timings["queue"] = scored.usage.queue_seconds
+        request.state.timings["compute"] = scored.usage.compute_seconds
+        if len(body) > _PARSE_ON_LOOP_BYTES:
+            content = await run_in_threadpool(encode_loss_reply, runtime.name, loss_request, scored)
+        else:
+            content = encode_loss_reply(runtime.name, loss_request, scored)
+        return Response(content, media_type="application/json")
+
+
+def _parse(body: bytes) -> tuple[LossRequest, RequestArrays]:
+    request = parse_loss_request(body)
+    return request, request.arrays()
+
+
+def _model_named(models: Models, name: str | None) -> LossRuntime:
+    served = ", ".join(models)
+    if name is None:
+        if len(models) != 1:
+            raise InvalidRequestError(f"several models are served; name one of: {served}")
+        return next(iter(models.values()))
+    if name not in models:
+        raise UnknownModelError(f"there is no model {name!r}; served are: {served}")
+    return models[name]
+
+
+def _stream(request: Request, settings: Settings) -> str:
+    """The label of the loss histograms: only names that the operator allowed."""
+    stream = request.headers.get("x-seqloss-stream", "other")
+    return stream if stream in settings.streams else "other"
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Does the work, and drops it when the client goes away."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+# ---------------------------------------------------------------- what is served
+
+
+class ModelBody(BaseModel):
+    """A served model."""
+
+    name: str
+    state: Literal["loading", "ready", "draining", "failed"]
+    family: str
+    checkpoint: str
+    engine: str
+    device: str | None = Field(description="null while it is being loaded")
+    precision: str
+    bundle_digest: str
+    source_vocabulary_size: int
+    target_vocabulary_size: int
+    num_classes: int = Field(description="Classes of the softmax, excluded ones not counted.")
+    decoder_start_token_id: int
+    pad_token_id: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    forced_bos_token_id: int | None
+    forced_eos_token_id: int | None
+    max_source_tokens: int
+    max_target_tokens: int
+    max_batch_tokens: int
+    max_error: float = Field(
+        description="The largest difference of a token's nll from transformers in float32, in "
+        "nats, measured at export."
+    )
+    mean_error: float
+
+
+class ModelsBody(BaseModel):
+    """All served models."""
+
+    models: list[ModelBody]
+
+
+@router.get("/models", summary="What is served")
+async def get_models(
+    models: Annotated[Models, Depends(_models)], settings: Annotated[Settings, Depends(_settings)]
+) -> ModelsBody:
+    """Every model with its limits, special ids and measured error."""
+    return ModelsBody(models=[_model_body(runtime, settings) for runtime in models.values()])
+
+
+@router.get("/models/{name}", summary="One served model", responses=responses(404))
+async def get_model(
+    name: str,
+    models: Annotated[Models, Depends(_models)],
+    settings: Annotated[Settings, Depends(_settings)],
+) -> ModelBody:
+    """A model with its limits, special ids and measured error."""
+    return _model_body(_model_named(models, name), settings)
+
+
+def _model_body(runtime: LossRuntime, settings: Settings) -> ModelBody:
+    manifest = runtime.bundle.manifest
+    ids, vocabulary, graph = manifest.special_ids, manifest.vocabulary, runtime.graph
+    return ModelBody(
+        name=runtime.name,
+        state=runtime.state,
+        family=manifest.family,
+        checkpoint=manifest.checkpoint.name,
+        engine=graph.engine,
+        device=runtime.engine.info.device if runtime.engine else None,
+        precision=graph.precision,
+        bundle_digest=runtime.bundle.digest,
+        source_vocabulary_size=vocabulary.source,
+        target_vocabulary_size=vocabulary.target,
+        num_classes=vocabulary.num_classes,
+        decoder_start_token_id=ids.decoder_start,
+        pad_token_id=ids.pad,
+        bos_token_id=ids.bos,
+        eos_token_id=ids.eos,
+        forced_bos_token_id=ids.forced_bos,
+        forced_eos_token_id=ids.forced_eos,
+        max_source_tokens=runtime.limits.max_source_tokens,
+        max_target_tokens=runtime.limits.max_target_tokens,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_error=graph.max_error,
+        mean_error=graph.mean_error,
+    )
+
+
+# ---------------------------------------------------------------- health and metrics
+
+
+class HealthBody(BaseModel):
+    """A healthy service."""
+
+    status: Literal["live", "ready"]
+
+
+@router.get("/health/live", summary="Should the process live on?", responses=responses(503))
+async def get_live(models: Annotated[Models, Depends(_models)]) -> HealthBody:
+    """503 once a model failed to load or lost its engine: only a new process helps."""
+    for runtime in models.values():
+        if runtime.state == "failed":
+            raise NotReadyError(f"model {runtime.name!r}: {runtime.reason}")
+    return HealthBody(status="live")
+
+
+@router.get("/health/ready", summary="Does it take requests?", responses=responses(503))
+async def get_ready(models: Annotated[Models, Depends(_models)]) -> HealthBody:
+    """503 with the reason while any model is loading, draining or dead."""
+    for runtime in models.values():
+        if runtime.state != "ready":
+            raise NotReadyError(f"model {runtime.name!r}: {runtime.reason}", retry_after_seconds=1)
+    return HealthBody(status="ready")
+
+
+@router.get("/metrics", summary="Prometheus or OpenMetrics", response_class=Response)
+async def get_metrics(request: Request, metrics: Annotated[Metrics, Depends(_metrics)]) -> Response:
+    """All metrics of the process."""
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(metrics.registry), headers={"Content-Type": content_type})

@@ -1,0 +1,1 @@
+"""From hidden states to losses: `head` (Torch) makes terms, `reduce` (NumPy) makes scores."""

@@ -1,0 +1,140 @@
+"""From hidden states and the output projection to token terms, without a logits matrix.
+
+The full (K, V) matrix of logits is what makes scoring expensive in memory: 8,192 tokens over
+256,206 classes are 8.4 GB.  Here a block of the vocabulary is projected, folded into a few numbers
+per token, and forgotten.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+VOCABULARY_BLOCK = 2048
+TOKEN_BLOCK = 1024
+
+# Stands for "not in the softmax": exp of it is exactly 0 beside any real logit, and unlike -inf it
+# stays finite in products with a probability of 0.
+ABSENT = -1e30
+
+
+class OutputProjection(NamedTuple):
+    """The last linear layer, with the mean over its classes made once.
+
+    Attributes:
+        weight: Shape: (V, D).
+        bias: Shape: (V,), float32; `ABSENT` for classes kept out of the softmax.
+        mean_weight: the mean of the kept rows of `weight`. Shape: (D,), float32.
+        mean_bias: the mean of the kept entries of `bias`. Shape: (), float32.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean_weight: Tensor
+    mean_bias: Tensor
+
+
+def output_projection(
+    weight: Tensor, bias: Tensor | None, excluded_classes: list[int]
+) -> OutputProjection:
+    """Prepares a projection; the means are accumulated in float64."""
+    kept = torch.ones(len(weight), dtype=torch.bool)
+    kept[excluded_classes] = False
+    bias = torch.zeros(len(weight)) if bias is None else bias.detach().float().clone()
+    mean_weight = weight.detach()[kept].double().mean(0).float()
+    mean_bias = bias[kept].double().mean().float()
+    return OutputProjection(weight, bias.masked_fill(~kept, ABSENT), mean_weight, mean_bias)
+
+
+def token_terms(
+    hidden: Tensor,
+    projection: OutputProjection,
+    labels: Tensor,
+    *,
+    with_ranks_and_entropies: bool = False,
+    vocabulary_block: int = VOCABULARY_BLOCK,
+    token_block: int = TOKEN_BLOCK,
+) -> tuple[Tensor, ...]:
+    """Token terms without a logits matrix.
+
+    Equals, but for rounding and memory, with `z = hidden @ weight.T + bias`:
+
+        logprobs = z.log_softmax(-1)
+        target_logprob = logprobs.gather(-1, labels[:, None])[:, 0]
+        mean_logprob = logprobs.mean(-1)
+        rank = (z > z.gather(-1, labels[:, None])).sum(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+
+    Never holds more than (token_block, vocabulary_block) logits.
+
+    Args:
+        hidden: the decoder's last hidden states. Shape: (K, D), float32.
+        projection: the output projection.
+        labels: the target classes, none of them excluded. Shape: (K,), int64.
+        with_ranks_and_entropies: whether `rank` and `entropy` are computed too.
+        vocabulary_block: classes projected at a time.
+        token_block: tokens projected at a time.
+
+    Returns:
+        target_logprob and mean_logprob, or these and rank (int32) and entropy. Shapes: (K,),
+        float32, in nats.
+    """
+    blocks = [
+        block_terms(h, projection, y, with_ranks_and_entropies, vocabulary_block)
+        for h, y in zip(
+            torch.split(hidden, token_block), torch.split(labels, token_block), strict=True
+        )
+    ]
+    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+
+
+def block_terms(
+    hidden: Tensor,
+    projection: OutputProjection,
+    labels: Tensor,
+    with_ranks_and_entropies: bool,
+    vocabulary_block: int,
+) -> tuple[Tensor, ...]:
+    """`token_terms` for so few tokens that one block holds them: its loops have fixed bounds.
+
+    This is what an exported graph contains; the engine bounds K by its token budget.
+
+    The sum over the *other* classes is accumulated, `lse_other`, and `nll = softplus(lse_other -
+    z_y)` with z_y a float32 dot product of its own.  So nll is never negative, and a confident
+    token loses no digits in the difference of two large numbers.
+    """
+    weight, bias, mean_weight, mean_bias = projection
+    target_logit = (hidden * weight.index_select(0, labels)).sum(-1) + bias.index_select(0, labels)
+
+    lse_parts, mean_parts = [], []
+    rank = torch.zeros_like(labels)
+    for start in range(0, len(weight), vocabulary_block):
+        rows = weight[start : start + vocabulary_block]
+        logits = torch.addmm(bias[start : start + vocabulary_block], hidden, rows.t())  # (K, block)
+        _remove_labels_(logits, labels - start)
+        lse_parts.append(logits.logsumexp(-1))
+        if with_ranks_and_entropies:
+            rank = rank + (logits > target_logit[:, None]).sum(-1)
+            mean_parts.append((logits.softmax(-1) * logits).sum(-1))
+
+    lse_of_blocks = torch.stack(lse_parts, dim=-1)  # (K, blocks)
+    nll = softplus(lse_of_blocks.logsumexp(-1) - target_logit)
+    mean_logprob = hidden @ mean_weight + mean_bias - (target_logit + nll)
+    if not with_ranks_and_entropies:
+        return -nll, mean_logprob
+
+    # The entropy is lse - E[z], and E[z] mixes the target with the mean logit of the others:
+    # nll + (1 - p_y) * (z_y - E_others[z]), in which nothing large cancels.
+    mean_other = (lse_of_blocks.softmax(-1) * torch.stack(mean_parts, dim=-1)).sum(-1)
+    entropy = nll - torch.expm1(-nll) * (target_logit - mean_other)
+    return -nll, mean_logprob, rank.int(), entropy
+
+
+def _remove_labels_(logits: Tensor, labels: Tensor) -> None:
+    """Puts `ABSENT` at each token's label, in place, where the label lies in this block."""
+    position = labels.clamp(0, logits.shape[-1] - 1)[:, None]
+    inside = (labels == position[:, 0])[:, None]
+    logits.scatter_(-1, position, torch.where(inside, ABSENT, logits.gather(-1, position)))

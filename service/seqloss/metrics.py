@@ -1,0 +1,243 @@
+"""Every metric of the service, in one place; the registry is injected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from seqloss.records import Batch, Priority
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_SIZES = tuple(float(2**power) for power in range(15))
+_NATS = (0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20)
+
+
+BatchReason = Literal["full", "idle", "drain"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What there is to count of a batch that was computed."""
+
+    num_pairs: int
+    num_sources: int
+    source_tokens: int
+    padded_source_tokens: int
+    target_tokens: int
+    padded_target_tokens: int
+    collate_seconds: float
+    forward_seconds: float
+    scatter_seconds: float
+
+    @classmethod
+    def of(cls, batch: Batch, collate: float, forward: float, scatter: float) -> BatchReport:
+        """Counts a batch whose stages took so many seconds."""
+        sources, targets = batch.sources, batch.decoder_input_ids
+        return cls(
+            num_pairs=len(targets),
+            num_sources=len(sources),
+            source_tokens=len(sources.values),
+            padded_source_tokens=len(sources) * int(sources.lengths.max()),
+            target_tokens=len(targets.values),
+            padded_target_tokens=len(targets) * int(targets.lengths.max()),
+            collate_seconds=collate,
+            forward_seconds=forward,
+            scatter_seconds=scatter,
+        )
+
+
+class _NllCollector(Collector):
+    """Histograms filled with a count per bucket, never with an `observe` per token."""
+
+    def __init__(self, name: str, documentation: str) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._counts: dict[tuple[str, str], tuple[NDArray[np.int64], float]] = {}
+
+    def add(self, labels: tuple[str, str], values: NDArray[np.floating]) -> None:
+        """Counts finite values, in nats."""
+        values = values[np.isfinite(values)]
+        # A bucket holds what is at most its bound.
+        bucket = np.searchsorted(np.array(_NATS), values, side="left")
+        counts, total = self._counts.get(labels, (np.zeros(len(_NATS) + 1, np.int64), 0.0))
+        self._counts[labels] = (
+            counts + np.bincount(bucket, minlength=len(_NATS) + 1),
+            total + float(values.sum(dtype=np.float64)),
+        )
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self._name, self._documentation, labels=["model", "stream"])
+        bounds = [*map(str, map(float, _NATS)), "+Inf"]
+        for labels, (counts, total) in self._counts.items():
+            buckets = list(zip(bounds, map(float, np.cumsum(counts)), strict=True))
+            family.add_metric(list(labels), buckets, total)
+        yield family
+
+
+class Metrics:
+    """All families of the service; `model(name)` is what one model's code reports to."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+        def histogram(
+            name: str, text: str, labels: list[str], buckets: tuple[float, ...]
+        ) -> Histogram:
+            return Histogram(f"seqloss_{name}", text, labels, registry=registry, buckets=buckets)
+
+        def counter(name: str, text: str, labels: list[str]) -> Counter:
+            return Counter(f"seqloss_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, labels: list[str]) -> Gauge:
+            return Gauge(f"seqloss_{name}", text, labels, registry=registry)
+
+        self.http_request_duration = histogram(
+            "http_request_duration_seconds",
+            "From the first byte of a request to the last byte of its reply",
+            ["route", "method", "status"],
+            _SECONDS,
+        )
+        self.parse_duration = histogram(
+            "parse_duration_seconds", "From a body to arrays", ["format"], _SECONDS
+        )
+        self.request_duration = histogram(
+            "request_duration_seconds",
+            "From admission to the last score of a request",
+            ["model", "priority"],
+            _SECONDS,
+        )
+        self.queue_wait = histogram(
+            "queue_wait_seconds",
+            "From admission to a request's first batch",
+            ["model", "priority"],
+            _SECONDS,
+        )
+        self.batch_duration = histogram(
+            "batch_duration_seconds", "Stages of a batch", ["model", "stage"], _SECONDS
+        )
+        self.batch_pairs = histogram("batch_pairs", "Targets in a batch", ["model"], _SIZES)
+        self.batch_padded_tokens = histogram(
+            "batch_padded_tokens", "Tokens of a batch, padding included", ["model", "side"], _SIZES
+        )
+        self.tokens = counter(
+            "tokens_total", "Tokens that went through the model", ["model", "side", "kind"]
+        )
+        self.pairs = counter(
+            "pairs_total", "Pairs answered, by outcome", ["model", "priority", "outcome"]
+        )
+        self.batches = counter("batches_total", "Batches computed", ["model", "reason"])
+        self.encoder_reuse = counter(
+            "encoder_reuse_total", "Pairs whose source was encoded for another one", ["model"]
+        )
+        self.rejected = counter("rejected_total", "Requests refused", ["code"])
+        self.cancelled_pairs = counter(
+            "cancelled_pairs_total", "Pairs whose client went away or ran out of time", ["model"]
+        )
+        self.deadline_missed = counter(
+            "deadline_missed_total", "Requests whose timeout passed", ["model"]
+        )
+        self.oom = counter("oom_total", "Batches that did not fit the device", ["model"])
+        self.non_finite = counter("non_finite_total", "Pairs with NaN or infinity", ["model"])
+        self.queue_pairs = gauge("queue_pairs", "Pairs in no batch yet", ["model"])
+        self.queue_tokens = gauge("queue_tokens", "Tokens admitted and not answered", ["model"])
+        self.inflight_requests = gauge("inflight_requests", "Scoring requests under way", [])
+        self.ready = gauge("ready", "1 while the model takes requests", ["model"])
+        self.build_info = gauge(
+            "build_info",
+            "1, with what is served as labels",
+            ["model", "version", "engine", "device", "precision", "bundle_digest"],
+        )
+        self.token_nll = _NllCollector("seqloss_token_nll", "Nll of counted tokens, in nats")
+        self.pair_mean_nll = _NllCollector("seqloss_pair_mean_nll", "Mean nll of pairs, in nats")
+        registry.register(self.token_nll)
+        registry.register(self.pair_mean_nll)
+
+    def model(self, name: str) -> ModelMetrics:
+        """The metrics of one model."""
+        return ModelMetrics(self, name)
+
+
+class ModelMetrics:
+    """What the code around one model reports; it never names a label."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+
+    def queue(self, num_pairs: int, num_tokens: int) -> None:
+        """States what waits now."""
+        self._metrics.queue_pairs.labels(self._model).set(num_pairs)
+        self._metrics.queue_tokens.labels(self._model).set(num_tokens)
+
+    def queue_wait(self, priority: Priority, seconds: float) -> None:
+        """A request's first batch begins."""
+        self._metrics.queue_wait.labels(self._model, priority).observe(seconds)
+
+    def batch(self, report: BatchReport, reason: BatchReason) -> None:
+        """A batch was computed; the reason says why it was not larger."""
+        metrics, model = self._metrics, self._model
+        for stage, seconds in (
+            ("collate", report.collate_seconds),
+            ("forward", report.forward_seconds),
+            ("scatter", report.scatter_seconds),
+        ):
+            metrics.batch_duration.labels(model, stage).observe(seconds)
+        metrics.batches.labels(model, reason).inc()
+        metrics.batch_pairs.labels(model).observe(report.num_pairs)
+        metrics.encoder_reuse.labels(model).inc(report.num_pairs - report.num_sources)
+        for side, real, padded in (
+            ("source", report.source_tokens, report.padded_source_tokens),
+            ("target", report.target_tokens, report.padded_target_tokens),
+        ):
+            metrics.batch_padded_tokens.labels(model, side).observe(padded)
+            metrics.tokens.labels(model, side, "real").inc(real)
+            metrics.tokens.labels(model, side, "padding").inc(padded - real)
+
+    def request(self, priority: Priority, seconds: float) -> None:
+        """A request was scored."""
+        self._metrics.request_duration.labels(self._model, priority).observe(seconds)
+
+    def pairs(self, priority: Priority, outcome: str, count: int) -> None:
+        """Pairs were answered; the outcome is `scored` or a `PairCode`."""
+        if count:
+            self._metrics.pairs.labels(self._model, priority, outcome).inc(count)
+
+    def losses(
+        self, stream: str, token_nlls: NDArray[np.floating], pair_means: NDArray[np.floating]
+    ) -> None:
+        """Feeds the drift histograms."""
+        self._metrics.token_nll.add((self._model, stream), token_nlls)
+        self._metrics.pair_mean_nll.add((self._model, stream), pair_means)
+
+    def cancelled(self, num_pairs: int) -> None:
+        """Pairs nobody waits for any more."""
+        self._metrics.cancelled_pairs.labels(self._model).inc(num_pairs)
+
+    def deadline_missed(self) -> None:
+        """A request's timeout passed."""
+        self._metrics.deadline_missed.labels(self._model).inc()
+
+    def out_of_memory(self) -> None:
+        """A batch did not fit the device."""
+        self._metrics.oom.labels(self._model).inc()
+
+    def non_finite(self, num_pairs: int) -> None:
+        """Pairs for which the model produced NaN or infinity."""
+        self._metrics.non_finite.labels(self._model).inc(num_pairs)
+
+    def ready(self, ready: bool) -> None:
+        """Whether the model takes requests."""
+        self._metrics.ready.labels(self._model).set(ready)
+
+    def built(self, version: str, engine: str, device: str, precision: str, digest: str) -> None:
+        """What is served."""
+        self._metrics.build_info.labels(
+            self._model, version, engine, device, precision, digest
+        ).set(1)

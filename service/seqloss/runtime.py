@@ -1,0 +1,277 @@
+"""One served model: its bundle, its engine, its queue, and the way of a request through them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from seqloss import __version__
+from seqloss.batching.loop import Batcher, BatchingLimits, Outcome
+from seqloss.bundle.reader import Bundle
+from seqloss.checking import Checked, LengthLimits, RequestArrays, check
+from seqloss.engines.base import Engine
+from seqloss.engines.loader import graph_of, load_engine
+from seqloss.errors import (
+    DeadlineExceededError,
+    EngineDeadError,
+    Fault,
+    InvalidRequestError,
+    NonFiniteError,
+    NotReadyError,
+    PairTooLargeError,
+    RequestTooLargeError,
+)
+from seqloss.loss.reduce import LabelSmoothing, reduce_terms
+from seqloss.metrics import ModelMetrics
+from seqloss.records import Int64Array, Priority, Scores
+from seqloss.settings import Settings
+
+State = Literal["loading", "ready", "draining", "failed"]
+LoadEngine = Callable[[Bundle, str, int | None], Engine]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOptions:
+    """What a request chooses beside its pairs."""
+
+    smoothing: LabelSmoothing = LabelSmoothing()
+    with_ranks_and_entropies: bool = False
+    on_error: Literal["fail", "partial"] = "fail"
+    priority: Priority = "interactive"
+    timeout_seconds: float | None = None
+    stream: str = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost."""
+
+    source_tokens: int
+    target_tokens: int
+    encoded_sources: int
+    batches: int
+    queue_seconds: float
+    compute_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRequest:
+    """The answer to a request: scores, and why some targets have none."""
+
+    scores: Scores
+    faults: tuple[Fault, ...]
+    cut_source_tokens: Int64Array
+    cut_target_tokens: Int64Array
+    usage: Usage
+
+
+class LossRuntime:
+    """One model, from loading to draining."""
+
+    def __init__(
+        self,
+        name: str,
+        bundle: Bundle,
+        settings: Settings,
+        metrics: ModelMetrics,
+        load: LoadEngine = load_engine,
+        on_fatal: Callable[[Exception], None] = lambda _: None,
+    ) -> None:
+        self.name = name
+        self.bundle = bundle
+        self.graph = graph_of(bundle)
+        self.limits = length_limits(bundle, settings)
+        self._settings = settings
+        self._metrics = metrics
+        self._load = load
+        self._on_fatal = on_fatal
+        self._state: State = "loading"
+        self._reason = "the model is being loaded"
+        self._engine: Engine | None = None
+        self._batcher: Batcher | None = None
+        metrics.ready(False)
+
+    @property
+    def engine(self) -> Engine | None:
+        """The loaded engine, or None while there is none."""
+        return self._engine
+
+    @property
+    def state(self) -> State:
+        """Where in its life the model is."""
+        return self._state
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready, in words."""
+        return self._reason
+
+    async def start(self, device_thread: Executor) -> None:
+        """Loads the engine, which passes the bundle's self-test, and opens the queue.
+
+        What goes wrong is told to `on_fatal`: there is no caller to raise it to.
+        """
+        loop = asyncio.get_running_loop()
+        settings = self._settings
+        try:
+            self._engine = await loop.run_in_executor(
+                device_thread, self._load, self.bundle, settings.device, settings.torch_threads
+            )
+        except Exception as error:
+            self._state, self._reason = "failed", f"the model did not load: {error}"
+            self._on_fatal(error)
+            return
+        limits = BatchingLimits(
+            settings.max_batch_tokens, settings.max_batch_pairs, settings.max_queue_tokens
+        )
+        self._batcher = Batcher(
+            self._engine, limits, self._metrics, device_thread, on_death=self._died
+        )
+        info = self._engine.info
+        self._metrics.built(
+            __version__, info.engine, info.device, info.precision, self.bundle.digest
+        )
+        self._state, self._reason = "ready", "ready"
+        self._metrics.ready(True)
+
+    def _died(self, error: EngineDeadError) -> None:
+        self._state, self._reason = "failed", f"the engine is dead: {error.detail}"
+        self._metrics.ready(False)
+        self._on_fatal(error)
+
+    async def drain(self) -> None:
+        """Refuses new requests, answers the admitted ones, frees the device."""
+        self._state, self._reason = "draining", "the service is shutting down"
+        self._metrics.ready(False)
+        if self._batcher is not None:
+            await self._batcher.drain(self._settings.drain_timeout_seconds)
+        if self._engine is not None:
+            self._engine.close()
+
+    async def score(self, request: RequestArrays, options: ScoreOptions) -> ScoredRequest:
+        """Checks, queues, scores and reduces.
+
+        Raises:
+            RequestTooLargeError, InvalidRequestError, PairTooLargeError: the request's fault.
+            NotReadyError, OverloadedError, DeadlineExceededError, NonFiniteError,
+            EngineDeadError: the service's.
+        """
+        if self._batcher is None or self._state in ("loading", "draining"):
+            raise NotReadyError(
+                f"model {self.name!r} is not ready: {self.reason}", retry_after_seconds=1
+            )
+        self._refuse_too_many(request)
+        started = time.monotonic()
+        checked = check(request, self.bundle.manifest, self.limits)
+        if checked.faults and options.on_error == "fail":
+            self._count(options, checked.faults, 0)
+            raise InvalidRequestError(
+                f"{len(checked.faults)} of {len(request.target_ids)} pairs cannot be scored; ask "
+                'for "on_error": "partial" to have the others',
+                checked.faults,
+            )
+        outcome = await self._batched(self._batcher, checked, options)
+        scores = self._reduced(request, checked, outcome, options)
+        faults = (*checked.faults, *self._device_faults(checked, outcome, scores))
+        self._count(options, faults, len(request.target_ids) - len(faults))
+        self._metrics.request(options.priority, time.monotonic() - started)
+        if options.on_error == "fail":
+            _refuse_device_faults(faults)
+        self._metrics.losses(
+            options.stream,
+            scores.token_nlls.values,
+            scores.nlls[scores.num_tokens > 0] / scores.num_tokens[scores.num_tokens > 0],
+        )
+        return ScoredRequest(
+            scores=scores,
+            faults=tuple(sorted(faults, key=lambda fault: fault.index or 0)),
+            cut_source_tokens=checked.cut_source_tokens,
+            cut_target_tokens=checked.cut_target_tokens,
+            usage=Usage(
+                source_tokens=checked.num_source_tokens,
+                target_tokens=checked.num_target_tokens,
+                encoded_sources=outcome.num_encoded_sources,
+                batches=outcome.num_batches,
+                queue_seconds=outcome.queue_seconds,
+                compute_seconds=outcome.compute_seconds,
+            ),
+        )
+
+    def _refuse_too_many(self, request: RequestArrays) -> None:
+        limit = self._settings.max_pairs_per_request
+        if len(request.target_ids) > limit:
+            raise RequestTooLargeError(
+                f"the request has {len(request.target_ids)} pairs, and at most {limit} are taken; "
+                "split it"
+            )
+
+    async def _batched(self, batcher: Batcher, checked: Checked, options: ScoreOptions) -> Outcome:
+        try:
+            async with asyncio.timeout(options.timeout_seconds):
+                return await batcher.score(
+                    checked.pairs,
+                    priority=options.priority,
+                    with_ranks_and_entropies=options.with_ranks_and_entropies,
+                )
+        except TimeoutError as error:
+            self._metrics.deadline_missed()
+            raise DeadlineExceededError(
+                f"the request's timeout of {options.timeout_seconds:g} s passed"
+            ) from error
+
+    def _reduced(
+        self, request: RequestArrays, checked: Checked, outcome: Outcome, options: ScoreOptions
+    ) -> Scores:
+        return reduce_terms(
+            outcome.terms,
+            checked.counted_positions,
+            request.target_ids.offsets,
+            options.smoothing,
+            self.bundle.manifest.vocabulary.num_classes,
+        )
+
+    def _device_faults(self, checked: Checked, outcome: Outcome, scores: Scores) -> list[Fault]:
+        """What went wrong on our side: pairs that did not fit, and pairs that are not finite."""
+        not_scored = checked.rows[scores.num_tokens[checked.rows] == 0]
+        too_large = checked.rows[outcome.out_of_memory]
+        non_finite = np.setdiff1d(not_scored, too_large)
+        if len(non_finite):
+            self._metrics.non_finite(len(non_finite))
+        return [
+            *(
+                Fault("out_of_memory", f"pair {index} alone does not fit the device", int(index))
+                for index in too_large
+            ),
+            *(
+                Fault("non_finite", f"the model gave NaN or infinity for pair {index}", int(index))
+                for index in non_finite
+            ),
+        ]
+
+    def _count(self, options: ScoreOptions, faults: tuple[Fault, ...], num_scored: int) -> None:
+        self._metrics.pairs(options.priority, "scored", num_scored)
+        for code in {fault.code for fault in faults}:
+            count = sum(fault.code == code for fault in faults)
+            self._metrics.pairs(options.priority, code, count)
+
+
+def length_limits(bundle: Bundle, settings: Settings) -> LengthLimits:
+    """What the model bounds and what the service bounds, the smaller of each."""
+    manifest = bundle.manifest
+    return LengthLimits(
+        min(settings.max_source_tokens, manifest.max_source_tokens or settings.max_source_tokens),
+        min(settings.max_target_tokens, manifest.max_target_tokens or settings.max_target_tokens),
+    )
+
+
+def _refuse_device_faults(faults: tuple[Fault, ...]) -> None:
+    for code, error in (("out_of_memory", PairTooLargeError), ("non_finite", NonFiniteError)):
+        mine = [fault for fault in faults if fault.code == code]
+        if mine:
+            raise error(f"{len(mine)} pairs could not be scored: {code}", mine)

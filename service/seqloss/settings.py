@@ -1,0 +1,60 @@
+"""Every knob of the service; the only reader of the environment.
+
+Each field is read from `SEQLOSS_<FIELD>`; `seqloss serve` has a flag for those that people change.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Limits and sizes. Units stand in the names."""
+
+    model_config = SettingsConfigDict(env_prefix="SEQLOSS_", frozen=True, extra="forbid")
+
+    host: str = "127.0.0.1"
+    """Where to listen. Only this machine by default: there is no authentication yet."""
+
+    port: int = Field(8000, ge=0, le=65535)
+
+    device: str = "auto"
+    """`auto` (cuda:0 where there is one, else cpu), `cpu`, or `cuda:N`."""
+
+    torch_threads: int | None = Field(None, ge=1)
+    """CPU threads for matrix products. None: as many as Torch finds cores."""
+
+    max_batch_tokens: int = Field(4096, ge=16)
+    """Padded tokens of a micro-batch, sources and targets together. More fill a GPU better; fewer
+    let an interactive request wait less behind a bulk one, and bound the memory: the loss head
+    holds 8 KiB per target token whatever the vocabulary. A single pair above it goes alone."""
+
+    max_batch_pairs: int = Field(512, ge=1)
+    """Targets of a micro-batch. Bounds the attention of very short pairs."""
+
+    max_queue_tokens: int = Field(2_000_000, ge=1)
+    """Source and target tokens admitted and not yet answered; beyond it requests get 429. At
+    20,000 tokens a second (a small model on two cores) the default is 100 seconds of waiting and
+    some 30 MB."""
+
+    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024)
+    """A request's body, as received and after decompression; beyond it 413. JSON takes about 5
+    bytes per token, so the default holds some six million."""
+
+    max_pairs_per_request: int = Field(50_000, ge=1)
+    """Targets in one request; beyond it 413. Larger requests amortise parsing and share batches
+    better; smaller ones can be retried more cheaply."""
+
+    max_source_tokens: int = Field(4096, ge=1)
+    """A source's length; what the model itself bounds holds as well. Attention is quadratic."""
+
+    max_target_tokens: int = Field(4096, ge=1)
+    """A target's length; what the model itself bounds holds as well."""
+
+    streams: tuple[str, ...] = ()
+    """Values of the header `X-Seqloss-Stream` that become a label of the loss histograms; all
+    others count as `other`. Each stream costs some 40 time series per model."""
+
+    drain_timeout_seconds: int = Field(30, ge=0)
+    """After SIGTERM, how long admitted requests may take to finish."""

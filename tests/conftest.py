@@ -1,0 +1,104 @@
+"""Fixtures: bundles made once per run, and applications around them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry
+
+from fakes import FakeEngine, fake_bundle
+from seqloss.bundle.reader import Bundle, open_bundle
+from seqloss.http.app import create_app
+from seqloss.settings import Settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["KERAS_BACKEND"] = "torch"
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+ORACLE = SHARED / "oracle" / "aren-transliteration"
+
+MakeClient = Callable[..., TestClient]
+
+
+@pytest.fixture(scope="session")
+def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """Exports a family's random checkpoint, `demo` or `oracle`; each once per run."""
+    made: dict[str, Bundle] = {}
+
+    def make(name: str) -> Bundle:
+        if name not in made:
+            made[name] = _export(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return make
+
+
+def _export(name: str, folder: Path) -> Bundle:
+    from checkpoints import save_checkpoint
+    from seqloss.demo import CHECKPOINT
+    from seqloss.export.exporter import ExportOptions, export_checkpoint
+
+    options = ExportOptions()
+    if name == "demo":
+        checkpoint = CHECKPOINT
+    elif name == "oracle":
+        if not ORACLE.is_dir():
+            pytest.skip(f"{ORACLE} is absent: it does not belong to the project")
+        # Its classes 43 to 93 are source ids, which the softmax is not over.
+        checkpoint, options = ORACLE, ExportOptions(excluded_classes=((43, 93),))
+    else:
+        checkpoint = save_checkpoint(name, folder / "checkpoint")
+    export_checkpoint(str(checkpoint), folder / "bundle", options)
+    return open_bundle(folder / "bundle")
+
+
+@pytest.fixture
+def make_client() -> Iterator[MakeClient]:
+    """Starts an application and waits until its models are loaded, or have failed to.
+
+    Without bundles it serves a fake model under the name `fake`; keyword arguments that are
+    settings go to the settings, the others to `create_app`.
+    """
+    with ExitStack() as stack:
+
+        def make(
+            bundles: dict[str, Bundle] | None = None,
+            engine: FakeEngine | None = None,
+            *,
+            wait: bool = True,
+            raise_server_exceptions: bool = False,
+            **changes: Any,
+        ) -> TestClient:
+            settings = {
+                key: value for key, value in changes.items() if key in Settings.model_fields
+            }
+            rest = {key: value for key, value in changes.items() if key not in settings}
+            if bundles is None:
+                bundles = {"fake": fake_bundle()}
+                fake = engine or FakeEngine()
+                rest.setdefault("load", lambda *_: fake)
+            app = create_app(bundles, Settings(**settings), registry=CollectorRegistry(), **rest)
+            client = stack.enter_context(
+                TestClient(app, raise_server_exceptions=raise_server_exceptions)
+            )
+            if wait:
+                client.portal.call(_result, app.state.loading)
+            return client
+
+        yield make
+
+
+async def _result(task: Any) -> Any:
+    return await task
+
+
+@pytest.fixture
+def client(make_client: MakeClient) -> TestClient:
+    """A service with the fake model, in one batch whatever comes."""
+    return make_client()

@@ -1,0 +1,107 @@
+"""Engines and bundles for tests that need no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from seqloss.bundle.manifest import (
+    Checkpoint,
+    Graph,
+    Manifest,
+    SelfTest,
+    SpecialIds,
+    Vocabulary,
+)
+from seqloss.bundle.reader import Bundle
+from seqloss.engines.base import EngineInfo
+from seqloss.records import Batch, TokenTerms
+
+VOCABULARY_SIZE = 50
+START, PAD, EOS = 49, 1, 2
+MAX_TOKENS = 12
+
+
+def fake_manifest(**changes: object) -> Manifest:
+    """A model with 50 ids, decoder start 49, pad 1, at most 12 tokens on each side."""
+    fields: dict[str, object] = {
+        "schema_version": 1,
+        "seqloss_version": "0",
+        "family": "fake",
+        "checkpoint": Checkpoint(name="fake", digest="0" * 64),
+        "vocabulary": Vocabulary(
+            source=VOCABULARY_SIZE, target=VOCABULARY_SIZE, classes=VOCABULARY_SIZE
+        ),
+        "special_ids": SpecialIds(decoder_start=START, pad=PAD, eos=EOS),
+        "max_source_tokens": MAX_TOKENS,
+        "max_target_tokens": MAX_TOKENS,
+        "weight_aliases": {},
+        "graphs": [
+            Graph(
+                engine="torch",
+                precision="float32",
+                layout="padded",
+                folder="graphs/torch-float32",
+                exported_with="nothing",
+                max_error=0.0,
+                mean_error=0.0,
+                tolerance=1e-6,
+            )
+        ],
+        "self_test": SelfTest(
+            source_ids=[[1]], source_index=[0], target_ids=[[1]], token_nlls=[[1.0]]
+        ),
+        "files": {},
+    }
+    return Manifest(**(fields | changes))  # type: ignore[arg-type]
+
+
+def fake_bundle(**changes: object) -> Bundle:
+    return Bundle(Path("fake"), fake_manifest(**changes), "0" * 64)
+
+
+def fake_nll(source: list[int], decoder_input: int, label: int) -> float:
+    """What the fake model says of a token: it depends on all that a real one's would."""
+    return (sum(source) * 7 + decoder_input * 3 + label) % 97 / 10
+
+
+class FakeEngine:
+    """Scores with `fake_nll`; `before` may raise, or return terms of its own."""
+
+    def __init__(self, before: Callable[[Batch], TokenTerms | None] = lambda _: None) -> None:
+        self.batches: list[Batch] = []
+        self.closed = False
+        self._before = before
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo("torch", "cpu", "float32", "fake")
+
+    def score(self, batch: Batch) -> TokenTerms:
+        self.batches.append(batch)
+        terms = self._before(batch)
+        if terms is not None:
+            return terms
+        row = batch.decoder_input_ids.row_of_value
+        nll = np.array(
+            [
+                fake_nll(batch.sources.row(batch.source_row[row[place]]).tolist(), fed, label)
+                for place, (fed, label) in enumerate(
+                    zip(batch.decoder_input_ids.values.tolist(), batch.labels.tolist(), strict=True)
+                )
+                if batch.counted[place]
+            ],
+            np.float32,
+        )
+        extra = batch.with_ranks_and_entropies
+        return TokenTerms(
+            target_logprob=-nll,
+            mean_logprob=-nll - 1,
+            rank=(nll * 10).astype(np.int32) if extra else None,
+            entropy=nll / 2 if extra else None,
+        )
+
+    def close(self) -> None:
+        self.closed = True

@@ -1,0 +1,151 @@
+"""The loss head against the naive expression that it replaces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seqloss.loss.head import output_projection, token_terms
+
+TOLERANCE = 2e-5
+
+
+def naive_terms(
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, excluded: list[int]
+) -> dict[str, Tensor]:
+    """From the full logits matrix, in float64; `rank` as the ranks that rounding allows."""
+    logits = hidden.double() @ weight.double().T + bias.double()
+    kept = [index for index in range(len(weight)) if index not in excluded]
+    target = logits.gather(-1, labels[:, None])
+    logits = logits[:, kept]
+    logprobs = logits.log_softmax(-1)
+    return {
+        "target_logprob": (target - logits.logsumexp(-1, keepdim=True))[:, 0],
+        "mean_logprob": logprobs.mean(-1),
+        "entropy": -(logprobs.exp() * logprobs).sum(-1),
+        "least_rank": (logits > target + TOLERANCE).sum(-1),
+        "largest_rank": (logits > target - TOLERANCE).sum(-1) - 1,
+    }
+
+
+def random_head(vocabulary: int, tokens: int, scale: float = 1.0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(vocabulary * 1000 + tokens)
+    hidden = torch.randn(tokens, 24, generator=generator)
+    weight = torch.randn(vocabulary, 24, generator=generator) * scale
+    bias = torch.randn(vocabulary, generator=generator)
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    return hidden, weight, bias, labels
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tokens", "vocabulary_block", "token_block"),
+    [
+        (101, 37, 2048, 1024),  # one block holds all
+        (101, 37, 10, 8),  # blocks that do not divide
+        (101, 37, 1, 1),  # blocks of one, in which the label is all there is
+        (100, 40, 25, 20),  # blocks that divide
+        (2, 3, 1, 2),
+        (1, 1, 4, 4),  # a single class is certain
+    ],
+)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_terms_are_those_of_the_full_logits(
+    vocabulary: int, tokens: int, vocabulary_block: int, token_block: int, scale: float
+) -> None:
+    hidden, weight, bias, labels = random_head(vocabulary, tokens, scale)
+    expected = naive_terms(hidden, weight, bias, labels, [])
+    target_logprob, mean_logprob, rank, entropy = token_terms(
+        hidden,
+        output_projection(weight, bias, []),
+        labels,
+        with_ranks_and_entropies=True,
+        vocabulary_block=vocabulary_block,
+        token_block=token_block,
+    )
+    tolerance = TOLERANCE * max(1.0, scale)
+    assert (target_logprob - expected["target_logprob"]).abs().max() <= tolerance
+    assert (mean_logprob - expected["mean_logprob"]).abs().max() <= tolerance
+    assert (entropy - expected["entropy"]).abs().max() <= tolerance
+    assert (rank >= expected["least_rank"]).all()
+    assert (rank <= expected["largest_rank"].clamp(min=0)).all()
+    assert target_logprob.dtype == mean_logprob.dtype == entropy.dtype == torch.float32
+
+
+def test_excluded_classes_leave_the_softmax_the_mean_and_the_ranks() -> None:
+    hidden, weight, bias, _ = random_head(60, 25)
+    excluded = [*range(40, 60), 7]
+    labels = torch.arange(25) + 8
+    expected = naive_terms(hidden, weight, bias, labels, excluded)
+    target_logprob, mean_logprob, rank, entropy = token_terms(
+        hidden,
+        output_projection(weight, bias, excluded),
+        labels,
+        with_ranks_and_entropies=True,
+        vocabulary_block=16,
+    )
+    assert (target_logprob - expected["target_logprob"]).abs().max() <= TOLERANCE
+    assert (mean_logprob - expected["mean_logprob"]).abs().max() <= TOLERANCE
+    assert (entropy - expected["entropy"]).abs().max() <= TOLERANCE
+    assert (rank >= expected["least_rank"]).all()
+    assert (rank <= expected["largest_rank"]).all()
+
+
+def test_no_loss_is_negative_however_sure_the_model_is() -> None:
+    """An exact target logit beside a rounded logsumexp makes such losses negative."""
+    hidden, weight, bias, _ = random_head(300, 4000, scale=5.0)
+    labels = (hidden @ weight.T + bias).argmax(-1)
+    target_logprob, _ = token_terms(hidden, output_projection(weight, bias, []), labels)
+    assert (target_logprob <= 0).all()
+    assert (target_logprob > -1e-6).any(), "the test needs tokens near certainty"
+
+
+def test_a_confident_token_keeps_its_digits() -> None:
+    """Of two classes 30 nats apart the likelier one has a loss of exp(-30), not 0."""
+    weight = torch.tensor([[30.0], [0.0]])
+    target_logprob, _ = token_terms(
+        torch.ones(1, 1), output_projection(weight, None, []), torch.tensor([0])
+    )
+    expected = -torch.log1p(torch.exp(torch.tensor(-30.0, dtype=torch.float64)))
+    assert target_logprob.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_terms_without_ranks_are_the_same_bits() -> None:
+    hidden, weight, bias, labels = random_head(500, 64)
+    projection = output_projection(weight, bias, [])
+    short = token_terms(hidden, projection, labels, vocabulary_block=64)
+    long = token_terms(
+        hidden, projection, labels, with_ranks_and_entropies=True, vocabulary_block=64
+    )
+    assert len(short) == 2
+    assert all(torch.equal(*pair) for pair in zip(short, long, strict=False))
+
+
+def test_no_logits_matrix_is_ever_held() -> None:
+    """Counted, not timed: the largest tensor made is far smaller than (tokens, vocabulary)."""
+
+    class LargestTensor(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = function(*args, **(kwargs or {}))
+            outputs = result if isinstance(result, (tuple, list)) else (result,)
+            for output in outputs:
+                if isinstance(output, Tensor) and output._base is None:
+                    self.numel = max(self.numel, output.numel())
+            return result
+
+    hidden, weight, bias, labels = random_head(5000, 900)
+    projection = output_projection(weight, bias, [])
+    with LargestTensor() as largest:
+        token_terms(
+            hidden,
+            projection,
+            labels,
+            with_ranks_and_entropies=True,
+            vocabulary_block=128,
+            token_block=100,
+        )
+    assert largest.numel <= max(128 * 100, weight.numel(), hidden.numel())
+    assert largest.numel < 5000 * 900 / 20

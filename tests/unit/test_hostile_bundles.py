@@ -1,0 +1,620 @@
+"""Bundles that attack who loads them; nothing in them may run, and none may pass for another.
+
+Each payload would make a file, the marker. Attacks that are proven are shown to make it where
+Torch loads the archive without our check.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import warnings
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from seqloss.bundle.graph_archive import checked
+from seqloss.bundle.manifest import MANIFEST_NAME, TERMS_GRAPH, WEIGHTS_NAME, Manifest
+from seqloss.bundle.reader import Bundle, open_bundle
+from seqloss.bundle.writer import seal
+from seqloss.engines.torch_engine import TorchEngine
+from seqloss.errors import BundleError
+
+GRAPH = f"graphs/torch-float32/{TERMS_GRAPH}"
+PROGRAM = "models/model.json"
+WEIGHTS = "data/weights/model_weights_config.json"
+CONSTANTS = "data/constants/model_constants_config.json"
+SAMPLE_INPUTS = "data/sample_inputs/model.pt"
+INPUTS = tuple(
+    torch.ones(size, dtype=torch.int64) for size in [(3, 7), (3, 7), (5,), (5, 6), (11,), (11,)]
+)
+
+Members = dict[str, bytes]
+Program = dict[str, Any]
+
+
+class Touch:
+    """Makes the marker when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def code(marker: Path) -> str:
+    """An expression that makes the marker."""
+    return f"__import__('pathlib').Path('{marker}').touch()"
+
+
+# ---------------------------------------------------------------- helpers
+
+
+@pytest.fixture
+def folder(bundle_of: Callable[[str], Bundle], tmp_path: Path) -> Path:
+    """A copy of a real bundle, to be changed."""
+    return shutil.copytree(bundle_of("marian").folder, tmp_path / "bundle")
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    return tmp_path / "marker"
+
+
+def reseal(folder: Path) -> None:
+    """Has the manifest's digests agree with the files, as whoever makes a bundle can."""
+    manifest = Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
+    seal(folder, lambda files: manifest.model_copy(update={"files": files}))
+
+
+def unpacked(archive: bytes) -> Members:
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        return {name.partition("/")[2]: file.read(name) for name in file.namelist()}
+
+
+def packed(members: Members, compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        for name, content in members.items():
+            file.writestr(f"archive/{name}", content)
+    return buffer.getvalue()
+
+
+def refusal(folder: Path) -> BundleError:
+    """The error with which a resealed bundle is refused."""
+    reseal(folder)
+    bundle = open_bundle(folder)
+    with pytest.raises(BundleError) as caught:
+        TorchEngine(bundle, bundle.manifest.graphs[0], "cpu")
+    return caught.value
+
+
+def text_of(error: BundleError) -> str:
+    return "\n".join([error.detail, *map(str, error.faults)])
+
+
+def run_unchecked(archive: bytes) -> None:
+    """What a loader does that trusts its file."""
+    with warnings.catch_warnings(), suppress(Exception):
+        warnings.simplefilter("ignore")
+        torch.export.load(io.BytesIO(archive)).module()(*INPUTS)
+
+
+def change_json(members: Members, name: str, change: Callable[[Any], None]) -> None:
+    content = json.loads(members[name])
+    change(content)
+    members[name] = json.dumps(content).encode()
+
+
+# ---------------------------------------------------------------- payloads beside the program
+
+
+def pickle_a_weight(members: Members, marker: Path) -> None:
+    def change(weights: Any) -> None:
+        weights["config"]["output_weight"] |= {"use_pickle": True, "path_name": "weight_9"}
+
+    change_json(members, WEIGHTS, change)
+    members["data/weights/weight_9"] = pickle.dumps(Touch(marker))
+
+
+def pickle_all_weights_as_old_archives_do(members: Members, marker: Path) -> None:
+    members["data/weights/model.pt"] = pickle.dumps(Touch(marker))
+
+
+def pickle_all_constants_as_old_archives_do(members: Members, marker: Path) -> None:
+    members["data/constants/model.pt"] = pickle.dumps(Touch(marker))
+
+
+def pickle_sample_inputs(members: Members, marker: Path) -> None:
+    members[SAMPLE_INPUTS] = pickle.dumps(Touch(marker))
+
+
+def add_constant(kind: str) -> Callable[[Members, Path], None]:
+    def attack(members: Members, marker: Path) -> None:
+        payload = {"path_name": f"{kind}_0", "is_param": False, "use_pickle": True}
+        constants = {"config": {"evil": payload | {"tensor_meta": None}}}
+        members[CONSTANTS] = json.dumps(constants).encode()
+        members[f"data/constants/{kind}_0"] = pickle.dumps(Touch(marker))
+
+    attack.__name__ = f"add_{kind}"
+    return attack
+
+
+def add_second_program(members: Members, marker: Path) -> None:
+    members["models/other.json"] = members[PROGRAM]
+    members["data/sample_inputs/other.pt"] = pickle.dumps(Touch(marker))
+
+
+def add_compiled_library(members: Members, marker: Path) -> None:
+    members["data/aotinductor/model/evil.so"] = b"\x7fELF"
+
+
+def climb_out_of_the_archive(members: Members, marker: Path) -> None:
+    members["../../marker"] = b"written"
+
+
+# ---------------------------------------------------------------- payloads in the program
+
+
+def program_attack(change: Callable[[Program, Path], None]) -> Callable[[Members, Path], None]:
+    def attack(members: Members, marker: Path) -> None:
+        change_json(members, PROGRAM, lambda program: change(program, marker))
+
+    attack.__name__ = change.__name__
+    return attack
+
+
+def graph_of(program: Program) -> Any:
+    return program["graph_module"]["graph"]
+
+
+def signature_of(program: Program) -> Any:
+    return program["graph_module"]["module_call_graph"][0]["signature"]
+
+
+def set_size(program: Program, text: str) -> None:
+    graph_of(program)["tensor_values"]["source_ids"]["sizes"][0]["as_expr"]["expr_str"] = text
+
+
+@program_attack
+def code_as_a_size(program: Program, marker: Path) -> None:
+    set_size(program, code(marker))
+
+
+@program_attack
+def code_in_the_comment_of_a_size(program: Program, marker: Path) -> None:
+    # sympify drops line breaks: the first text ends later than Python says, the comment is none.
+    set_size(program, f"Add(Symbol('a\\\n'), #'),{code(marker)},\nSymbol(\"b\"))")
+
+
+@program_attack
+def huge_power_as_a_size(program: Program, marker: Path) -> None:
+    set_size(program, "Pow(Integer(9), Pow(Integer(9), Integer(4)))")
+
+
+@program_attack
+def code_as_the_name_of_an_input(program: Program, marker: Path) -> None:
+    # Torch pastes the names twice: the text between makes one function of the two.
+    names = [f'a={code(marker)}, b="""', "c=0): #"]
+    signature_of(program)["forward_arg_names"] = names
+
+
+@program_attack
+def attribute_as_the_name_of_an_input(program: Program, marker: Path) -> None:
+    signature_of(program)["forward_arg_names"][0] = "torch.load"
+
+
+@program_attack
+def code_as_a_guard(program: Program, marker: Path) -> None:
+    program["guards_code"] = [f"True #\n)\n{code(marker)}\ndef _(*args):\n #"]
+
+
+@program_attack
+def enum_as_a_structure(program: Program, marker: Path) -> None:
+    structure = json.loads(signature_of(program)["in_spec"])
+    enum = {"__enum__": True, "fqn": "antigravity:Evil", "name": "EVIL"}
+    structure[1]["children_spec"][1]["context"] = json.dumps([enum])
+    signature_of(program)["in_spec"] = json.dumps(structure)
+
+
+@program_attack
+def list_as_a_structure(program: Program, marker: Path) -> None:
+    signature_of(program)["in_spec"] = "[1, []]"
+
+
+@program_attack
+def metadata_of_a_node(program: Program, marker: Path) -> None:
+    graph_of(program)["nodes"][0]["metadata"] = {"source_fn_stack": "evil,torch.load"}
+
+
+@program_attack
+def script_object(program: Program, marker: Path) -> None:
+    graph_of(program)["custom_obj_values"] = {"evil": {"name": "evil", "class_fqn": "Evil"}}
+
+
+@program_attack
+def operator_as_an_argument(program: Program, marker: Path) -> None:
+    graph_of(program)["nodes"][0]["inputs"][1]["arg"] = {"as_operator": "torch.load"}
+
+
+@program_attack
+def weight_as_an_output_to_overwrite(program: Program, marker: Path) -> None:
+    output = {"arg": {"name": "neg"}, "parameter_name": "output_weight"}
+    program["graph_module"]["signature"]["output_specs"][0] = {"parameter_mutation": output}
+
+
+def insert_node(target: str, **arguments: Any) -> Callable[[Members, Path], None]:
+    """A node in front of all others, whose result nobody uses."""
+
+    def change(program: Program, marker: Path) -> None:
+        graph = graph_of(program)
+        graph["tensor_values"]["evil"] = graph["tensor_values"]["source_ids"]
+        inputs = [
+            {"name": name, "arg": {"as_string": str(marker)} if value is marker_path else value}
+            | {"kind": 1}
+            for name, value in arguments.items()
+        ]
+        node = {"target": target, "inputs": inputs, "outputs": [{"as_tensor": {"name": "evil"}}]}
+        graph["nodes"].insert(
+            0, node | {"metadata": {}, "name": "evil", "is_hop_single_tensor_return": None}
+        )
+
+    change.__name__ = target
+    return program_attack(change)
+
+
+marker_path = object()
+weight = {"as_tensor": {"name": "p_output_weight"}}
+true, zero = {"as_bool": True}, {"as_int": 0}
+
+read_a_file = insert_node(
+    "torch.ops.aten.from_file.default", filename=marker_path, shared=true, size={"as_int": 8}
+)
+
+PROVEN: list[tuple[Callable[[Members, Path], None], str]] = [
+    (pickle_a_weight, "something else than a plain tensor"),
+    (pickle_all_weights_as_old_archives_do, "unexpected member"),
+    (pickle_all_constants_as_old_archives_do, "unexpected member"),
+    (pickle_sample_inputs, "unexpected member"),
+    (add_constant("tensor"), "something else than a plain tensor"),
+    (add_constant("opaque_obj"), "something else than a plain tensor"),
+    (code_as_a_size, "not plain arithmetic"),
+    (code_in_the_comment_of_a_size, "not plain arithmetic"),
+    (code_as_the_name_of_an_input, "forward_arg_names"),
+    (read_a_file, "not an operator that a loss graph may use"),
+]
+REFUSED: list[tuple[Callable[[Members, Path], None], str]] = [
+    *PROVEN,
+    (add_constant("custom_obj"), "something else than a plain tensor"),
+    (add_second_program, "unexpected member"),
+    (add_compiled_library, "unexpected member"),
+    (climb_out_of_the_archive, "unexpected member"),
+    (code_as_a_guard, "guards"),
+    (huge_power_as_a_size, "not plain arithmetic"),
+    (attribute_as_the_name_of_an_input, "forward_arg_names"),
+    (enum_as_a_structure, "structure"),
+    (list_as_a_structure, "structure"),
+    (metadata_of_a_node, "metadata"),
+    (script_object, "script objects"),
+    (operator_as_an_argument, "operator as an argument"),
+    (weight_as_an_output_to_overwrite, "outlives a request"),
+    *(
+        (insert_node(target, f=marker_path), "not an operator that a loss graph may use")
+        for target in (
+            "torch.load",
+            "torch.hub.load",
+            "torch.ops.load_library",
+            "torch.ops.aten.save.default",
+            "torch.ops.aten.add.out",
+            "torch.ops.aten.add.__setattr__",
+            "torch.ops.aten.add.op",
+            "torch.ops.aten.empty.memory_format",
+            "torch.ops.aten.as_strided.default",
+            "torch.ops.aten.set_.source_Storage",
+            "torch.ops.aten.remainder.int",
+            "torch.ops.higher_order.cond",
+            "_operator.attrgetter",
+            "_operator.methodcaller",
+            "math.factorial",
+            "#extension:evil",
+        )
+    ),
+    (insert_node("torch.ops.aten.fill_.Scalar", self=weight, value=zero), "did not make"),
+    (
+        insert_node("torch.ops.aten.to.dtype", self=weight, dtype=zero, non_blocking=true),
+        "non_blocking",
+    ),
+]
+
+
+def names_of(attacks: list[tuple[Callable[[Members, Path], None], str]]) -> list[str]:
+    return [attack.__name__ for attack, _ in attacks]
+
+
+@pytest.mark.parametrize(("attack", "fault"), REFUSED, ids=names_of(REFUSED))
+def test_attack_is_refused_before_it_runs(
+    attack: Callable[[Members, Path], None], fault: str, folder: Path, marker: Path
+) -> None:
+    members = unpacked((folder / GRAPH).read_bytes())
+    attack(members, marker)
+    (folder / GRAPH).write_bytes(packed(members))
+
+    error = refusal(folder)
+
+    assert GRAPH in error.detail
+    assert fault in text_of(error)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(("attack", "_"), PROVEN, ids=names_of(PROVEN))
+def test_attack_is_real_without_the_check(
+    attack: Callable[[Members, Path], None], _: str, folder: Path, marker: Path
+) -> None:
+    members = unpacked((folder / GRAPH).read_bytes())
+    attack(members, marker)
+
+    run_unchecked(packed(members))
+
+    assert marker.exists()
+
+
+def test_guards_run_code_without_the_check(folder: Path, marker: Path) -> None:
+    members = unpacked((folder / GRAPH).read_bytes())
+    code_as_a_guard(members, marker)
+    buffer = io.BytesIO()
+    torch.save((INPUTS, {}), buffer)
+
+    run_unchecked(packed(members | {SAMPLE_INPUTS: buffer.getvalue()}))  # guards need samples
+
+    assert marker.exists()
+
+
+def test_all_faults_of_a_program_are_listed(folder: Path, marker: Path) -> None:
+    members = unpacked((folder / GRAPH).read_bytes())
+    for attack in (code_as_a_guard, code_as_a_size, pickle_a_weight, read_a_file):
+        attack(members, marker)
+
+    with pytest.raises(BundleError) as caught:
+        checked(packed(members))
+
+    text = text_of(caught.value)
+    for fault in ("guards", "not plain arithmetic", "than a plain tensor", "not an operator"):
+        assert fault in text
+
+
+def test_untouched_bundle_passes(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    TorchEngine(bundle, bundle.manifest.graphs[0], "cpu").close()
+
+
+# ---------------------------------------------------------------- the archive
+
+
+def duplicate_member(archive: bytes) -> bytes:
+    buffer = io.BytesIO(archive)
+    with zipfile.ZipFile(buffer, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
+        file.writestr(f"archive/{PROGRAM}", b"{}")
+    return buffer.getvalue()
+
+
+def second_root(archive: bytes) -> bytes:
+    buffer = io.BytesIO(archive)
+    with zipfile.ZipFile(buffer, "a") as file:
+        file.writestr(f"other/{PROGRAM}", b"{}")
+    return buffer.getvalue()
+
+
+def flag_as_encrypted(archive: bytes) -> bytes:
+    start = archive.index(b"PK\x01\x02")
+    return archive[: start + 8] + b"\x01" + archive[start + 9 :]
+
+
+def overlapping_members(archive: bytes) -> bytes:
+    """Each member claims the bytes of the largest one."""
+    buffer = io.BytesIO(archive)
+    with zipfile.ZipFile(buffer, "a") as file:
+        largest = max(file.infolist(), key=lambda info: info.file_size)
+        for index in range(8):
+            file.filelist.append(copy(largest))
+            file.filelist[-1].filename = f"archive/{index}"
+        file._didModify = True  # type: ignore[attr-defined]
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda archive: packed(unpacked(archive), zipfile.ZIP_DEFLATED), "compressed"),
+        (duplicate_member, "same name"),
+        (second_root, "same name"),
+        (overlapping_members, "overlap"),
+        (flag_as_encrypted, "not a ZIP archive"),
+        (lambda archive: archive[:-100], "not a ZIP archive"),
+        (lambda archive: archive[: len(archive) // 2], "not a ZIP archive"),
+        (lambda archive: b"", "not a ZIP archive"),
+        (lambda archive: packed({}), "lacks"),
+        (lambda archive: packed(unpacked(archive) | {PROGRAM: b"{"}), "not JSON"),
+        (lambda archive: packed(unpacked(archive) | {PROGRAM: b"[" * 100_000}), "not JSON"),
+        (lambda archive: packed(unpacked(archive) | {PROGRAM: b"[]"}), "not the program"),
+        (lambda archive: packed(unpacked(archive) | {WEIGHTS: b"[]"}), "malformed list"),
+    ],
+    ids=[
+        "compressed",
+        "duplicate_member",
+        "second_root",
+        "overlapping_members",
+        "encrypted",
+        "without_its_end",
+        "half",
+        "empty",
+        "without_members",
+        "program_is_not_json",
+        "program_is_nested_too_deeply",
+        "program_is_a_list",
+        "weights_are_a_list",
+    ],
+)
+def test_archive_is_refused(change: Callable[[bytes], bytes], fault: str, folder: Path) -> None:
+    archive = (folder / GRAPH).read_bytes()
+    (folder / GRAPH).write_bytes(change(archive))
+    assert fault in text_of(refusal(folder))
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def link_a_file(folder: Path) -> None:
+    outside = folder.with_name("outside")
+    (folder / WEIGHTS_NAME).rename(outside)
+    (folder / WEIGHTS_NAME).symlink_to(outside)
+
+
+def link_a_folder(folder: Path) -> None:
+    outside = folder.with_name("outside")
+    (folder / "graphs").rename(outside)
+    (folder / "graphs").symlink_to(outside, target_is_directory=True)
+
+
+def link_the_manifest(folder: Path) -> None:
+    outside = folder.with_name("outside")
+    (folder / MANIFEST_NAME).rename(outside)
+    (folder / MANIFEST_NAME).symlink_to(outside)
+
+
+def add_a_file(folder: Path) -> None:
+    (folder / "graphs" / ".hidden").write_text("unlisted")
+
+
+def remove_a_file(folder: Path) -> None:
+    (folder / GRAPH).unlink()
+
+
+def change_a_byte(folder: Path) -> None:
+    content = bytearray((folder / WEIGHTS_NAME).read_bytes())
+    content[-1] ^= 1
+    (folder / WEIGHTS_NAME).write_bytes(content)
+
+
+def replace_a_file_by_a_folder(folder: Path) -> None:
+    (folder / WEIGHTS_NAME).unlink()
+    (folder / WEIGHTS_NAME).mkdir()
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (link_a_file, f"{WEIGHTS_NAME} is a link"),
+        (link_a_folder, "graphs is a link"),
+        (link_the_manifest, f"has no {MANIFEST_NAME}"),
+        (add_a_file, "graphs/.hidden is not listed"),
+        (remove_a_file, f"{GRAPH} is missing"),
+        (change_a_byte, "its digest differs"),
+        (replace_a_file_by_a_folder, f"{WEIGHTS_NAME} is a folder"),
+        (shutil.rmtree, "is not a folder"),
+    ],
+)
+def test_folder_other_than_the_manifest_says_is_refused(
+    change: Callable[[Path], None], fault: str, folder: Path
+) -> None:
+    change(folder)
+    with pytest.raises(BundleError) as caught:
+        open_bundle(folder)
+    assert fault in text_of(caught.value)
+
+
+def test_all_faults_of_a_folder_are_listed(folder: Path) -> None:
+    for change in (add_a_file, remove_a_file, change_a_byte):
+        change(folder)
+    with pytest.raises(BundleError) as caught:
+        open_bundle(folder)
+    assert len(caught.value.faults) == 3
+
+
+def test_graph_that_changes_after_the_bundle_was_opened_is_refused(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    (folder / GRAPH).write_bytes(b"another")
+    with pytest.raises(BundleError, match="changed while it was read"):
+        bundle.graph_archive(bundle.manifest.graphs[0], TERMS_GRAPH)
+
+
+# ---------------------------------------------------------------- the manifest
+
+
+def change_manifest(folder: Path, change: Callable[[Any], None]) -> BundleError:
+    manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
+    change(manifest)
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError) as caught:
+        open_bundle(folder)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../outside", "graphs/../../outside", "a//b", "a\\b", ".", "", "./a"]
+)
+def test_path_out_of_the_bundle_is_refused(path: str, folder: Path) -> None:
+    (folder.with_name("outside")).write_text("secret")
+
+    def change(manifest: Any) -> None:
+        manifest["files"][path] = manifest["files"][WEIGHTS_NAME]
+        manifest["graphs"][0]["folder"] = path
+
+    error = change_manifest(folder, change)
+    assert text_of(error).count("is not a path inside the bundle") == 2
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_other_schema_version_names_the_command(version: Any, folder: Path) -> None:
+    error = change_manifest(folder, lambda manifest: manifest.update(schema_version=version))
+    assert "seqloss export CHECKPOINT --output" in error.detail
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000])
+def test_file_that_is_no_manifest_is_refused(content: bytes, folder: Path) -> None:
+    (folder / MANIFEST_NAME).write_bytes(content)
+    with pytest.raises(BundleError, match="is not a manifest"):
+        open_bundle(folder)
+
+
+def test_all_faults_of_a_manifest_are_listed(folder: Path) -> None:
+    def change(manifest: Any) -> None:
+        del manifest["family"]
+        manifest["unknown"] = 1
+        manifest["max_source_tokens"] = "many"
+        manifest["vocabulary"]["classes"] = 10**18
+
+    faults = text_of(change_manifest(folder, change))
+    for field in ("family", "unknown", "max_source_tokens", "vocabulary.classes"):
+        assert f"{field}: " in faults
+
+
+def test_graph_without_files_is_refused(folder: Path) -> None:
+    error = change_manifest(
+        folder, lambda manifest: manifest["graphs"][0].update(folder="graphs/none")
+    )
+    assert f"graphs/none/{TERMS_GRAPH} is not listed" in text_of(error)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "fault"),
+    [
+        ("vocabulary", {"excluded_classes": [[0, 10**6]]}, "classes that do not exist"),
+        ("vocabulary", {"excluded_classes": [[0, 100]]}, "every class is excluded"),
+        ("vocabulary", {"classes": 5}, "ids that the output projection does not"),
+        ("special_ids", {"pad": 10**6}, "special_ids.pad is not in the vocabulary"),
+    ],
+)
+def test_manifest_that_contradicts_itself_is_refused(
+    section: str, change: dict[str, Any], fault: str, folder: Path
+) -> None:
+    error = change_manifest(folder, lambda manifest: manifest[section].update(change))
+    assert fault in text_of(error)
