@@ -16,6 +16,7 @@ from fakes import FakeEngine, fake_bundle
 from seqloss.bundle.reader import Bundle, open_bundle
 from seqloss.http.app import create_app
 from seqloss.settings import Settings
+from server import Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["KERAS_BACKEND"] = "torch"
@@ -102,3 +103,18 @@ async def _result(task: Any) -> Any:
 def client(make_client: MakeClient) -> TestClient:
     """A service with the fake model, in one batch whatever comes."""
     return make_client()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    """Starts `seqloss serve` with the given arguments; ends it with the test."""
+    servers: list[Server] = []
+
+    def start(*arguments: str) -> Server:
+        servers.append(Server(*arguments))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.process.kill()
+        server.process.communicate()

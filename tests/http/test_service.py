@@ -445,9 +445,9 @@ def test_openmetrics_is_spoken_to_those_who_ask(client: Any) -> None:
     assert response.text.endswith("# EOF\n")
 
 
-def test_the_schema_shows_a_body_that_works(client: Any) -> None:
-    schema = client.get("/openapi.json").json()
-    operation = schema["paths"]["/loss"]["post"]
+def test_the_schema_shows_a_body_that_works(make_client: Any, bundle_of: Any) -> None:
+    client = make_client({"demo": bundle_of("demo")})
+    operation = client.get("/openapi.json").json()["paths"]["/loss"]["post"]
     body = operation["requestBody"]["content"]["application/json"]["schema"]
     assert client.post("/loss", json=body["examples"][0]).status_code == 200
     assert set(operation["responses"]) == {

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
@@ -19,7 +25,8 @@ from seqloss.errors import CheckpointError
 # Families whose losses a test compares with transformers.
 FAMILIES = ("bart", "blenderbot", "marian")
 
-_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+# In the order in which transformers prefers them. It unpickles the latter with `weights_only`.
+_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # The largest ids that one message lists.
 _MOST_NAMES = 12
@@ -64,9 +71,9 @@ def load_checkpoint(name: str) -> LoadedCheckpoint:
     folder = _folder(name)
     config = _config(folder)
     faults = _config_faults(config)
-    weight_files = sorted(path for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern))
+    weight_files = _weight_files(folder)
     if not weight_files:
-        faults.append("it has no weights: neither *.safetensors nor *.bin")
+        faults.append("it has no weights: neither *.safetensors nor pytorch_model*.bin")
     model = None
     if weight_files and getattr(config, "is_encoder_decoder", False):
         model, weight_faults = _model(folder)
@@ -83,14 +90,29 @@ def load_checkpoint(name: str) -> LoadedCheckpoint:
     )
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    found = (sorted(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS)
+    return next(filter(None, found), [])
+
+
 def _folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists():
         raise CheckpointError(f"{name} is a file; give the folder of a checkpoint")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        files = HfApi().list_repo_files(name)
+        weights = next(
+            (pattern for pattern in _WEIGHT_PATTERNS if fnmatch.filter(files, pattern)), ""
+        )
+        return Path(snapshot_download(name, allow_patterns=["*.json", weights]))
+    except (
+        HFValidationError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        OSError,
+    ) as error:
         raise CheckpointError(
             f"{name} is neither a folder nor a checkpoint that the hub gave: {error}"
         ) from error
@@ -99,7 +121,8 @@ def _folder(name: str) -> Path:
 def _config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    # What is wrong with a configuration surfaces as whatever its class raises.
+    except Exception as error:
         raise CheckpointError(
             f"{folder} has no configuration that transformers reads: {error}"
         ) from error

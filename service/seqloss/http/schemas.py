@@ -32,9 +32,15 @@ PerTokenName = Literal["token_losses", "token_nlls", "token_ranks", "token_entro
 _Bit = Annotated[int, Field(ge=0, le=1, strict=True)] | Annotated[bool, Field(strict=True)]
 _Ids = list[list[int]]
 
+# For the demo model: a source and two translations, the second one wrong by an hour.
 _EXAMPLE: JsonDict = {
-    "source_ids": [[3, 44, 12, 25, 1]],
-    "target_ids": [[31, 8, 20, 1], [31, 8, 21, 1]],
+    "source_ids": [
+        [3, 335, 8, 229, 93, 17, 8, 93, 14, 12, 14, 18, 114, 93, 16, 22, 12, 17, 110, 1],
+    ],
+    "target_ids": [
+        [522, 8, 93, 17, 10, 274, 93, 14, 12, 14, 18, 172, 93, 13, 18, 22, 12, 17, 1],
+        [522, 8, 93, 17, 10, 274, 93, 14, 12, 14, 18, 172, 93, 13, 17, 22, 12, 17, 1],
+    ],
     "source_index": [0, 0],
     "return": ["token_losses"],
 }

@@ -1,0 +1,87 @@
+"""`seqloss serve` as its user runs it: a process, a port, signals."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seqloss.bundle.manifest import MANIFEST_NAME
+from server import Server
+
+Serve = Callable[..., Server]
+
+
+def test_a_bundle_is_served_until_sigterm(serve: Serve, bundle_of: Any) -> None:
+    server = serve(f"named={bundle_of('marian').folder}", "--device", "cpu")
+    with server.client() as client:
+        body = {"source_ids": [[1, 2, 3]], "target_ids": [[4, 5]]}
+        reply = client.post("/loss", json=body)
+        assert reply.status_code == 200
+        assert reply.json()["model"] == "named"
+        assert client.get("/health/ready").json() == {"status": "ready"}
+        assert "seqloss_ready" in client.get("/metrics").text
+    server.process.send_signal(signal.SIGTERM)
+    assert server.exit_status() in (0, -signal.SIGTERM)
+
+
+def changed_copy(bundle: Any, folder: Path, old: str, new: str) -> Path:
+    """A bundle with another manifest; its files are untouched."""
+    shutil.copytree(bundle.folder, folder)
+    manifest = folder / MANIFEST_NAME
+    text = manifest.read_text()
+    assert old in text
+    manifest.write_text(text.replace(old, new, 1))
+    return folder
+
+
+def test_wrong_numbers_end_the_process(serve: Serve, bundle_of: Any, tmp_path: Path) -> None:
+    """A device that does not compute what the bundle states must not serve."""
+    bundle = bundle_of("marian")
+    nll = bundle.manifest.self_test.token_nlls[0][0]
+    server = serve(str(changed_copy(bundle, tmp_path / "b", repr(nll), repr(nll + 0.01))))
+    assert server.exit_status() == 1
+    assert "self-test" in server.log
+    assert "is ready" not in server.log
+
+
+def test_a_manifest_that_promises_too_many_ids_ends_the_process(
+    serve: Serve, bundle_of: Any, tmp_path: Path
+) -> None:
+    bundle = changed_copy(bundle_of("marian"), tmp_path / "b", '"source": 101', '"source": 102')
+    server = serve(str(bundle))
+    assert server.exit_status() == 1
+    assert "102 for sources" in server.log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "is not a folder"),
+        (["service"], "seqloss export"),
+        (["a=service", "a=tests"], "two bundles"),
+        (["BUNDLE", "--device", "tpu"], "auto, cpu or cuda:N"),
+        (["BUNDLE", "--max-batch-tokens", "few"], "max_batch_tokens"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_words(
+    arguments: list[str], words: str, serve: Serve, bundle_of: Any
+) -> None:
+    folder = str(bundle_of("marian").folder)
+    server = serve(*[folder if word == "BUNDLE" else word for word in arguments])
+    assert server.exit_status() in (1, 2)
+    assert words in server.log
+    assert "Traceback" not in server.log
+
+
+def test_cuda_without_a_gpu_is_refused_in_words(serve: Serve, bundle_of: Any) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    server = serve(str(bundle_of("marian").folder), "--device", "cuda:0")
+    assert server.exit_status() == 1
+    assert "finds no NVIDIA GPU" in server.log
