@@ -27,6 +27,23 @@ ORACLE = SHARED / "oracle" / "aren-transliteration"
 MakeClient = Callable[..., TestClient]
 
 
+def _gpu_is_missing() -> str | None:
+    """Why tests that need a GPU are skipped, or None."""
+    try:
+        import torch
+    except ImportError:
+        return "Torch is not installed"
+    return None if torch.cuda.is_available() else "there is no NVIDIA GPU"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device that Torch bundles are served on."""
+    if request.param != "cpu" and (reason := _gpu_is_missing()):
+        pytest.skip(reason)
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
     """Exports a family's random checkpoint, `demo` or `oracle`; each once per run."""

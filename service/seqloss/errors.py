@@ -28,18 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-PairCode = Literal[
-    "empty_source",
-    "empty_target",
-    "token_out_of_range",
-    "source_too_long",
-    "target_too_long",
-    "source_mask_not_trailing",
-    "non_finite",
-    "out_of_memory",
-]
+from typing import ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +36,9 @@ class Fault:
     """One thing that is wrong.
 
     Attributes:
-        code: a stable word for programs, such as `token_out_of_range`.
+        code: a stable word for programs. Pairs have `empty_source`, `empty_target`,
+            `token_out_of_range`, `source_too_long`, `target_too_long`, `source_mask_not_trailing`,
+            `non_finite`, `out_of_memory`.
         detail: a sentence for people.
         index: the target it concerns, or None where it concerns the whole request.
         loc: the path into the request's body, such as `("target_ids", 2, 0)`.

@@ -205,7 +205,7 @@ class ModelMetrics:
         self._metrics.request_duration.labels(self._model, priority).observe(seconds)
 
     def pairs(self, priority: Priority, outcome: str, count: int) -> None:
-        """Pairs were answered; the outcome is `scored` or a `PairCode`."""
+        """Pairs were answered; the outcome is `scored` or a `Fault.code`."""
         if count:
             self._metrics.pairs.labels(self._model, priority, outcome).inc(count)
 

@@ -27,6 +27,9 @@ Float64Array = NDArray[np.float64]
 
 Priority = Literal["interactive", "bulk"]
 
+# Marks target positions that do not count, as everywhere in PyTorch and Hugging Face.
+IGNORE_INDEX = -100
+
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
@@ -105,6 +108,44 @@ def ranges(starts: NDArray[Any], lengths: NDArray[Any]) -> Int64Array:
     """`concatenate([arange(s, s + n) for s, n in zip(starts, lengths)])`, without the loop."""
     offsets = offsets_of(lengths)
     return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrays:
+    """A request as it was sent, flat; its shapes are consistent, its values unchecked.
+
+    Attributes:
+        source_ids: int64.
+        target_ids: int64, `IGNORE_INDEX` where a position is not counted. N rows.
+        source_index: the source of each target, within range. Shape: (N,).
+        source_mask: aligned with `source_ids.values`; None where all is attended.
+        target_mask: aligned with `target_ids.values`; None where all is counted.
+        decoder_input_ids: aligned with `target_ids.values`, int64; None where they are the shifted
+            targets.
+        start_ids: the decoder's first input; None where it is the model's own. Shape: (N,).
+        prefix_lengths: tokens at each target's beginning that are fed and not counted. Shape: (N,).
+        pad_token_id: an id that is not counted in targets, nor attended at the end of sources.
+        truncation: whether what is too long is cut.
+    """
+
+    source_ids: Ragged
+    target_ids: Ragged
+    source_index: Int64Array
+    source_mask: BoolArray | None
+    target_mask: BoolArray | None
+    decoder_input_ids: Int64Array | None
+    start_ids: Int64Array | None
+    prefix_lengths: Int64Array
+    pad_token_id: int | None
+    truncation: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LengthLimits:
+    """The longest source and target that are taken."""
+
+    max_source_tokens: int
+    max_target_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

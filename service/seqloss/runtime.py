@@ -12,9 +12,11 @@ from typing import Literal
 import numpy as np
 
 from seqloss import __version__
-from seqloss.batching.loop import Batcher, BatchingLimits, Outcome
+from seqloss.batching.jobs import Outcome
+from seqloss.batching.loop import Batcher
+from seqloss.batching.queues import BatchingLimits
 from seqloss.bundle.reader import Bundle
-from seqloss.checking import Checked, LengthLimits, RequestArrays, check
+from seqloss.checking.check import Checked, check
 from seqloss.engines.base import Engine
 from seqloss.engines.loader import graph_of, load_engine
 from seqloss.errors import (
@@ -29,7 +31,7 @@ from seqloss.errors import (
 )
 from seqloss.loss.reduce import LabelSmoothing, reduce_terms
 from seqloss.metrics import ModelMetrics
-from seqloss.records import Int64Array, Priority, Scores
+from seqloss.records import Int64Array, LengthLimits, Priority, RequestArrays, Scores
 from seqloss.settings import Settings
 
 State = Literal["loading", "ready", "draining", "failed"]
@@ -95,6 +97,7 @@ class LossRuntime:
         self._reason = "the model is being loaded"
         self._engine: Engine | None = None
         self._batcher: Batcher | None = None
+        self._device_thread: Executor | None = None
         metrics.ready(False)
 
     @property
@@ -119,6 +122,7 @@ class LossRuntime:
         """
         loop = asyncio.get_running_loop()
         settings = self._settings
+        self._device_thread = device_thread
         try:
             self._engine = await loop.run_in_executor(
                 device_thread, self._load, self.bundle, settings.device, settings.torch_threads
@@ -152,7 +156,9 @@ class LossRuntime:
         if self._batcher is not None:
             await self._batcher.drain(self._settings.drain_timeout_seconds)
         if self._engine is not None:
-            self._engine.close()
+            # On its own thread: a batch that outlived the drain may still be running there.
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._device_thread, self._engine.close)
 
     async def score(self, request: RequestArrays, options: ScoreOptions) -> ScoredRequest:
         """Checks, queues, scores and reduces.

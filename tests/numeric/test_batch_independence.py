@@ -14,8 +14,9 @@ TOLERANCE = 2e-5
 
 
 @pytest.fixture(params=FAMILIES)
-def client(request: pytest.FixtureRequest, bundle_of: Any, make_client: Any) -> Any:
-    return make_client({"model": bundle_of(request.param)}, max_batch_tokens=512)
+def client(request: pytest.FixtureRequest, device: str, bundle_of: Any, make_client: Any) -> Any:
+    bundles = {"model": bundle_of(request.param)}
+    return make_client(bundles, device=device, max_batch_tokens=512)
 
 
 @pytest.fixture

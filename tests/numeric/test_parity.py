@@ -35,7 +35,9 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def case(family: str, bundle_of: Any, make_client: Any) -> tuple[Any, dict[str, Any], list[Any]]:
+def case(
+    family: str, device: str, bundle_of: Any, make_client: Any
+) -> tuple[Any, dict[str, Any], list[Any]]:
     """A service of the family, a request, and what transformers says of each of its targets."""
     model = make_model(family)
     start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
@@ -46,7 +48,7 @@ def case(family: str, bundle_of: Any, make_client: Any) -> tuple[Any, dict[str, 
         reference(model, request["source_ids"][index], [start, *target[:-1]], target)
         for index, target in zip(request["source_index"], request["target_ids"], strict=True)
     ]
-    return make_client({family: bundle_of(family)}), request, expected
+    return make_client({family: bundle_of(family)}, device=device), request, expected
 
 
 def test_all_terms_match_transformers(case: Any) -> None:

@@ -512,13 +512,13 @@ def replace_a_file_by_a_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (link_a_file, f"{WEIGHTS_NAME} is a link"),
-        (link_a_folder, "graphs is a link"),
+        (link_a_file, f"{WEIGHTS_NAME!r} is a link"),
+        (link_a_folder, "'graphs' is a link"),
         (link_the_manifest, f"has no {MANIFEST_NAME}"),
-        (add_a_file, "graphs/.hidden is not listed"),
-        (remove_a_file, f"{GRAPH} is missing"),
+        (add_a_file, "'graphs/.hidden' is not listed"),
+        (remove_a_file, f"{GRAPH!r} is missing"),
         (change_a_byte, "its digest differs"),
-        (replace_a_file_by_a_folder, f"{WEIGHTS_NAME} is a folder"),
+        (replace_a_file_by_a_folder, f"{WEIGHTS_NAME!r} is a folder"),
         (shutil.rmtree, "is not a folder"),
     ],
 )

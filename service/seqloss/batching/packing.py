@@ -17,21 +17,24 @@ class Candidates:
         source_lengths: Shape: (N,).
         target_lengths: Shape: (N,).
         source_keys: equal numbers mean the same source. Shape: (N,).
+        request_numbers: equal numbers mean the same request. Shape: (N,).
     """
 
     source_lengths: Int64Array
     target_lengths: Int64Array
     source_keys: Int64Array
+    request_numbers: Int64Array
 
 
 def form_batch(
     candidates: Candidates, anchor: int, max_batch_tokens: int, max_batch_pairs: int
 ) -> Int64Array:
-    """Grows a batch around the anchor: first pairs with shorter targets, then longer ones.
+    """Grows a batch around the anchor: first with pairs of its own request, then with others.
 
-    The cost is the padded work on both sides, U * S + B * T tokens, where a source that several
-    pairs share counts once.  The anchor is always in the batch, even where it alone is above the
-    limit, so that nothing waits for ever.
+    Of each kind pairs with shorter targets come first, then longer ones.  The cost is the padded
+    work on both sides, U * S + B * T tokens, where a source that several pairs share counts once.
+    The anchor is always in the batch, even where it alone is above the limit, so that nothing waits
+    for ever; and no request's batches are filled with others' pairs while its own wait.
 
     Args:
         candidates: N pairs.
@@ -42,14 +45,13 @@ def form_batch(
     Returns:
         Indices into the candidates, ordered by target length. Shape: (B,).
     """
+    own = candidates.request_numbers == candidates.request_numbers[anchor]
     by_length = np.lexsort((candidates.source_lengths, candidates.target_lengths))
     middle = int(np.flatnonzero(by_length == anchor)[0])
-    down, up = by_length[middle::-1], by_length[middle + 1 :]
+    around = np.concatenate([by_length[middle::-1], by_length[middle + 1 :]])
+    way = np.concatenate([around[own[around]], around[~own[around]]])
     # Costs rise along the way, so what fits is a beginning of it.
-    way = down[: _how_many(candidates, down, max_batch_tokens, max_batch_pairs)]
-    if len(way) == len(down):
-        way = np.concatenate([down, up])
-        way = way[: _how_many(candidates, way, max_batch_tokens, max_batch_pairs)]
+    way = way[: _how_many(candidates, way, max_batch_tokens, max_batch_pairs)]
     return way[np.argsort(candidates.target_lengths[way], kind="stable")]
 
 

@@ -110,7 +110,9 @@ def _module(archive: bytes, weights: dict[str, torch.Tensor], device: torch.devi
     if device.type != "cpu":
         from torch.export.passes import move_to_device_pass  # noqa: PLC0415 - a slow import
 
-        program = move_to_device_pass(program, device)
+        # Export burnt the CPU in. The program's own weights are placeholders on the meta device,
+        # which have nothing to move: hence a mapping, and not just the new device.
+        program = move_to_device_pass(program, {"cpu": str(device)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = program.module()

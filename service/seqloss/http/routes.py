@@ -14,12 +14,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from seqloss.checking import RequestArrays
 from seqloss.errors import InvalidRequestError, NotReadyError, UnknownModelError
 from seqloss.http.body import read_json_body
+from seqloss.http.columns import arrays_of, encode_loss_reply, options_of
 from seqloss.http.problems import responses
-from seqloss.http.schemas import LossReply, LossRequest, encode_loss_reply, parse_loss_request
+from seqloss.http.schemas import LossReply, LossRequest, parse_loss_request
 from seqloss.metrics import Metrics
+from seqloss.records import RequestArrays
 from seqloss.runtime import LossRuntime
 from seqloss.settings import Settings
 
@@ -79,7 +80,7 @@ async def post_loss(
         request.state.timings["parse"] = time.perf_counter() - started
         metrics.parse_duration.labels("json").observe(request.state.timings["parse"])
         runtime = _model_named(models, loss_request.model)
-        options = loss_request.options(_stream(request, settings))
+        options = options_of(loss_request, _stream(request, settings))
         scored = await _while_connected(request, runtime.score(arrays, options))
         request.state.timings["queue"] = scored.usage.queue_seconds
         request.state.timings["compute"] = scored.usage.compute_seconds
@@ -92,7 +93,7 @@ async def post_loss(
 
 def _parse(body: bytes) -> tuple[LossRequest, RequestArrays]:
     request = parse_loss_request(body)
-    return request, request.arrays()
+    return request, arrays_of(request)
 
 
 def _model_named(models: Models, name: str | None) -> LossRuntime:

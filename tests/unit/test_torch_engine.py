@@ -1,0 +1,105 @@
+"""The Torch engine: memory that runs out, and the way to another device, as far as a CPU goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from seqloss.bundle.manifest import ALL_TERMS_GRAPH, TERMS_GRAPH
+from seqloss.engines import torch_engine
+from seqloss.engines.layout import padded
+from seqloss.engines.torch_engine import TorchEngine
+from seqloss.errors import ConfigurationError, EngineDeadError, OutOfMemoryError
+from seqloss.records import Batch, Ragged
+
+
+def small_batch() -> Batch:
+    return Batch(
+        sources=Ragged.from_rows([[1, 2, 3], [4]], np.int32),
+        source_row=np.array([0, 1, 0], np.int32),
+        decoder_input_ids=Ragged.from_rows([[100, 5], [100], [100, 6, 7]], np.int32),
+        labels=np.array([5, 6, 8, 6, 7, 9], np.int32),
+        counted=np.array([True, True, False, True, False, True]),
+    )
+
+
+@pytest.fixture
+def engine(bundle_of: Any) -> TorchEngine:
+    bundle = bundle_of("marian")
+    return TorchEngine(bundle, bundle.manifest.graphs[0], "cpu")
+
+
+def test_padding_is_laid_out_and_counted_tokens_are_found() -> None:
+    inputs = padded(small_batch())
+    assert inputs.source_ids.tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert inputs.source_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert inputs.decoder_input_ids.tolist() == [[100, 5, 0], [100, 0, 0], [100, 6, 7]]
+    assert inputs.token_index.tolist() == [0, 1, 6, 8]
+    assert inputs.labels.tolist() == [5, 6, 6, 9]
+
+
+def test_terms_are_float32_and_in_order(engine: TorchEngine) -> None:
+    terms = engine.score(small_batch())
+    assert terms.target_logprob.shape == terms.mean_logprob.shape == (4,)
+    assert terms.target_logprob.dtype == terms.mean_logprob.dtype == np.float32
+    assert terms.rank is None
+    assert terms.entropy is None
+
+
+@pytest.mark.parametrize("name", [TERMS_GRAPH, ALL_TERMS_GRAPH])
+def test_a_graph_moves_whole_to_another_device(name: str, bundle_of: Any) -> None:
+    """The meta device computes shapes alone, and fails on any tensor left behind on the CPU."""
+    bundle = bundle_of("marian")
+    device = torch.device("meta")
+    weights = {key: tensor.to(device) for key, tensor in load_file(bundle.weights_path).items()}
+    for alias, stored in bundle.manifest.weight_aliases.items():
+        weights[alias] = weights[stored]
+    archive = bundle.graph_archive(bundle.manifest.graphs[0], name)
+    module = torch_engine._module(archive, weights, device)
+    outputs = module(*(torch.from_numpy(array).to(device) for array in padded(small_batch())))
+    assert len(outputs) == (2 if name == TERMS_GRAPH else 4)
+    assert all(output.device == device and output.shape == (4,) for output in outputs)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemoryError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemoryError),
+        (MemoryError(), OutOfMemoryError),
+        (torch.AcceleratorError("device-side assert triggered"), EngineDeadError),
+        (RuntimeError("something else"), RuntimeError),
+    ],
+)
+def test_errors_of_the_device_are_told_apart(
+    raised: Exception, expected: type[Exception], engine: TorchEngine
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise raised
+
+    engine._terms = fail
+    with pytest.raises(expected):
+        engine.score(small_batch())
+
+
+@pytest.mark.parametrize("device", ["tpu", "mps", "cuda:99", "cuda:x"])
+def test_devices_that_are_not_there_are_refused(device: str, bundle_of: Any) -> None:
+    bundle = bundle_of("marian")
+    with pytest.raises(ConfigurationError, match=device.partition(":")[0]):
+        TorchEngine(bundle, bundle.manifest.graphs[0], device)
+
+
+def test_tied_weights_are_stored_and_loaded_once(bundle_of: Any, engine: TorchEngine) -> None:
+    manifest = bundle_of("marian").manifest
+    assert manifest.weight_aliases
+    stored = load_file(bundle_of("marian").weights_path)
+    assert not set(manifest.weight_aliases) & set(stored)
+    state = engine._terms.state_dict()
+    for alias, name in manifest.weight_aliases.items():
+        assert state[alias].data_ptr() == state[name].data_ptr()
+    both = zip(state.values(), engine._all_terms.state_dict().values(), strict=True)
+    assert all(one.data_ptr() == other.data_ptr() for one, other in both)
