@@ -41,6 +41,7 @@ $(BUNDLE)/manifest.json: $(INSTALLED) $(wildcard $(CHECKPOINT)/*)
 	$(BIN)/seqloss export $(CHECKPOINT) --output $(BUNDLE) --force
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo 'Installing seqloss and what it needs into .venv; this takes a minute or more.'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt --editable '.[demo,test,check]'

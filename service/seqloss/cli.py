@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
 
 from seqloss import __version__
 from seqloss.errors import ConfigurationError, SeqlossError
+from seqloss.settings import Settings, load_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +65,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _range(text: str) -> tuple[int, int]:
-    first, _, last = text.partition("-")
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither FIRST nor FIRST-LAST")
+    first, last = match.groups()
     return int(first), int(last or first)
 
 
@@ -99,20 +101,11 @@ def _serve(options: argparse.Namespace) -> int:
     return 1 if fatal or not server.started else 0
 
 
-def _settings(options: argparse.Namespace) -> Any:
-    from seqloss.settings import Settings
-
+def _settings(options: argparse.Namespace) -> Settings:
     names = ("host", "port", "device", "max_batch_tokens")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    try:
-        return Settings(**given)
-    except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
-        )
-        raise ConfigurationError(
-            f"a setting or its variable SEQLOSS_... is wrong: {wrong}"
-        ) from error
+    return load_settings(
+        **{name: value for name in names if (value := getattr(options, name)) is not None}
+    )
 
 
 def _named(bundles: Sequence[str]) -> dict[str, Path]:

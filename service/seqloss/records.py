@@ -59,6 +59,11 @@ class Ragged:
         """Shape: (rows,)."""
         return np.diff(self.offsets)
 
+    def lengths_of(self, rows: NDArray[Any]) -> Int64Array:
+        """Of the given rows alone. Shape: (len(rows),)."""
+        lengths: Int64Array = self.offsets[rows + 1] - self.offsets[rows]
+        return lengths
+
     @property
     def row_of_value(self) -> Int64Array:
         """The row that each value belongs to. Shape: (total,)."""
@@ -74,7 +79,7 @@ class Ragged:
 
     def take(self, rows: NDArray[Any]) -> Ragged:
         """The given rows, in the given order, copied."""
-        lengths = self.lengths[rows]
+        lengths = self.lengths_of(rows)
         return Ragged(self.values[ranges(self.offsets[:-1][rows], lengths)], offsets_of(lengths))
 
     def truncated(self, lengths: Int64Array) -> Ragged:
@@ -179,7 +184,7 @@ class Pairs:
     @property
     def source_lengths(self) -> Int64Array:
         """The length of each target's source. Shape: (N,)."""
-        return self.sources.lengths[self.source_index]
+        return self.sources.lengths_of(self.source_index)
 
     @property
     def target_lengths(self) -> Int64Array:

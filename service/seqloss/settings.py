@@ -5,14 +5,21 @@ Each field is read from `SEQLOSS_<FIELD>`; `seqloss serve` has a flag for those 
 
 from __future__ import annotations
 
-from pydantic import Field
+import os
+from typing import Any
+
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from seqloss.errors import ConfigurationError
+
+_PREFIX = "SEQLOSS_"
 
 
 class Settings(BaseSettings):
     """Limits and sizes. Units stand in the names."""
 
-    model_config = SettingsConfigDict(env_prefix="SEQLOSS_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
 
     host: str = "127.0.0.1"
     """Where to listen. Only this machine by default: there is no authentication yet."""
@@ -58,3 +65,31 @@ class Settings(BaseSettings):
 
     drain_timeout_seconds: int = Field(30, ge=0)
     """After SIGTERM, how long admitted requests may take to finish."""
+
+
+def load_settings(**given: Any) -> Settings:
+    """Settings as given, else from the environment, else the defaults.
+
+    Raises:
+        ConfigurationError: a value is wrong, or a variable of the environment names no setting.
+    """
+    unknown = [
+        name
+        for name in os.environ
+        if name.startswith(_PREFIX)
+        and name.removeprefix(_PREFIX).lower() not in Settings.model_fields
+    ]
+    if unknown:
+        raise ConfigurationError(
+            f"the environment has {', '.join(sorted(unknown))}, and there is no such setting; "
+            f"these are: {', '.join(Settings.model_fields)}"
+        )
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
+        )
+        raise ConfigurationError(
+            f"a setting, or its variable {_PREFIX}..., is wrong: {wrong}"
+        ) from error

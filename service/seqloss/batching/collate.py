@@ -35,7 +35,7 @@ class Part:
     def positions(self) -> Int64Array:
         """Where the tokens of these rows stand in `pairs.labels.values`, row by row."""
         labels = self.pairs.labels
-        return ranges(labels.offsets[:-1][self.rows], labels.lengths[self.rows])
+        return ranges(labels.offsets[self.rows], labels.lengths_of(self.rows))
 
     @property
     def counted_positions(self) -> Int64Array:

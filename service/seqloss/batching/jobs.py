@@ -50,6 +50,7 @@ class Job:
         all_terms: whether ranks and entropies are wanted.
         arrived: when it was admitted, on the batcher's clock.
         done: resolves when all pairs are scored, fails when they cannot be.
+        source_lengths, target_lengths: of its pairs. Shape: (N,).
         num_tokens: what it holds of the queue's budget.
         waiting: pairs that are in no batch yet, by length.
         num_unfinished: pairs that are not scored yet.
@@ -61,6 +62,8 @@ class Job:
     all_terms: bool
     arrived: float
     done: asyncio.Future[None]
+    source_lengths: Int64Array = field(init=False)
+    target_lengths: Int64Array = field(init=False)
     num_tokens: int = field(init=False)
     waiting: Int64Array = field(init=False)
     num_unfinished: int = field(init=False)
@@ -78,7 +81,9 @@ class Job:
             return np.full(num_labels, np.nan, np.float32)
 
         self.num_tokens = len(self.pairs.sources.values) + num_labels
-        self.waiting = np.lexsort((self.pairs.source_lengths, self.pairs.target_lengths))
+        self.source_lengths = self.pairs.source_lengths
+        self.target_lengths = self.pairs.target_lengths
+        self.waiting = np.lexsort((self.source_lengths, self.target_lengths))
         self.num_unfinished = len(self.pairs)
         self.out_of_memory = np.zeros(len(self.pairs), np.bool_)
         self.terms = TokenTerms(

@@ -176,8 +176,7 @@ class Batcher:
 
     def _finish(self, batch: Selection, seconds: float) -> None:
         num_tokens = sum(
-            int((job.pairs.source_lengths[rows] + job.pairs.target_lengths[rows]).sum())
-            for job, rows in batch
+            int((job.source_lengths[rows] + job.target_lengths[rows]).sum()) for job, rows in batch
         )
         rate = num_tokens / max(seconds, 1e-9)
         weight = _RATE_WEIGHT if self._tokens_per_second else 1.0

@@ -97,8 +97,9 @@ class Queue:
         room = _WINDOW_BATCHES * self.limits.max_batch_tokens
         window = []
         for job in jobs:
-            pairs, waiting = job.pairs, job.waiting
-            tokens = np.cumsum(pairs.source_lengths[waiting] + pairs.target_lengths[waiting])
+            # A pair has at least two tokens.
+            waiting = job.waiting[: 1 + room // 2]
+            tokens = np.cumsum(job.source_lengths[waiting] + job.target_lengths[waiting])
             fitting = max(1, int(np.searchsorted(tokens, room, side="right")))
             window.append((job, waiting[:fitting]))
             room -= int(tokens[fitting - 1])
@@ -111,8 +112,8 @@ def _candidates(window: Selection) -> Candidates:
     numbers = np.repeat(np.arange(len(window)), [len(rows) for _, rows in window])
     sources = np.concatenate([job.pairs.source_index[rows] for job, rows in window])
     return Candidates(
-        source_lengths=np.concatenate([job.pairs.source_lengths[rows] for job, rows in window]),
-        target_lengths=np.concatenate([job.pairs.target_lengths[rows] for job, rows in window]),
+        source_lengths=np.concatenate([job.source_lengths[rows] for job, rows in window]),
+        target_lengths=np.concatenate([job.target_lengths[rows] for job, rows in window]),
         source_keys=(numbers << 32) + sources,
         request_numbers=numbers,
     )

@@ -40,7 +40,7 @@ These are the token ids of
 with two translations, one of them an hour off:
   {right}
   {wrong}
-The first has a loss near 0, the second one near 11. See also {address}/docs,
+The first has a loss near 0, the second one above 10. See also {address}/docs,
 {address}/models and {address}/metrics.
 """)
 

@@ -128,6 +128,8 @@ def _write_files(
         if not all_terms:
             stored, aliases = weights_of(module)
             save_file(stored, folder / WEIGHTS_NAME)
+            # safetensors makes it private; whoever may read the bundle may read all of it.
+            (folder / WEIGHTS_NAME).chmod(0o644)
         (folder / graph.folder / name).write_bytes(capture(module))
     if checkpoint.tokenizer_files:
         (folder / TOKENIZER_FOLDER).mkdir()

@@ -68,6 +68,17 @@ class Problem(BaseModel):
     )
 
 
+def _schema() -> dict[str, Any]:
+    """`Problem` without references, which would be relative to the whole OpenAPI document."""
+    schema = Problem.model_json_schema()
+    definitions = schema.pop("$defs")
+    schema["properties"]["errors"]["items"] = definitions["FaultBody"]
+    return schema
+
+
+_SCHEMA = _schema()
+
+
 def install(app: FastAPI) -> None:
     """Makes every error of the application a problem document."""
     app.add_exception_handler(SeqlossError, _on_seqloss_error)
@@ -85,7 +96,7 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {
         status: {
             "description": HTTPStatus(status).phrase,
-            "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
+            "content": {MEDIA_TYPE: {"schema": _SCHEMA}},
         }
         for status in statuses
     }
