@@ -5,7 +5,7 @@
   - weights, constants and sample inputs are unpickled where the archive says so;
   - symbolic sizes are strings given to `sympy.sympify`, which calls `eval`;
   - `guards_code` is Python source given to `exec` when the program becomes a module;
-  - an operator may name any attribute of `torch`, `math` or `operator`, `torch.load` included;
+  - an operator may be one that opens files, such as `aten.from_file`;
   - names of inputs are pasted into the generated source of the module.
 
 So the JSON of the program is held against `graph_policy` before Torch sees it, and what Torch sees

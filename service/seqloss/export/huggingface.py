@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
@@ -28,7 +23,7 @@ FAMILIES = ("bart", "blenderbot", "marian")
 # In the order in which transformers prefers them. It unpickles the latter with `weights_only`.
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-# The largest ids that one message lists.
+# More names than these help nobody.
 _MOST_NAMES = 12
 
 
@@ -106,13 +101,7 @@ def _folder(name: str) -> Path:
             (pattern for pattern in _WEIGHT_PATTERNS if fnmatch.filter(files, pattern)), ""
         )
         return Path(snapshot_download(name, allow_patterns=["*.json", weights]))
-    except (
-        HFValidationError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        OSError,
-    ) as error:
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{name} is neither a folder nor a checkpoint that the hub gave: {error}"
         ) from error
