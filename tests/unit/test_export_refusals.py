@@ -138,6 +138,19 @@ def test_a_name_that_is_nowhere_is_refused(
     assert "neither a folder nor a checkpoint" in said
 
 
+def test_a_hub_that_cannot_be_reached_is_said_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoNetworkError(Exception):
+        """Not one of the hub's own."""
+
+    def fail(*_: Any) -> Any:
+        raise NoNetworkError("name or service not known")
+
+    monkeypatch.setattr(huggingface.HfApi, "list_repo_files", fail)
+    assert "name or service not known" in refusal(tmp_path / "something", capsys)
+
+
 def test_what_lies_at_the_output_is_not_destroyed(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
@@ -101,7 +100,8 @@ def _folder(name: str) -> Path:
             (pattern for pattern in _WEIGHT_PATTERNS if fnmatch.filter(files, pattern)), ""
         )
         return Path(snapshot_download(name, allow_patterns=["*.json", weights]))
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
+    # Beside errors of its own the hub's client raises those of whatever HTTP library it uses.
+    except Exception as error:
         raise CheckpointError(
             f"{name} is neither a folder nor a checkpoint that the hub gave: {error}"
         ) from error
