@@ -366,6 +366,29 @@ def test_an_empty_request_has_an_empty_answer(client: Any) -> None:
     assert reply["aggregate"]["mean_loss"] is None
 
 
+def test_a_large_request_is_answered_like_a_small_one(make_client: Any) -> None:
+    """Above 64 KiB and 50,000 tokens other threads parse, check, reduce and encode it."""
+    service = make_client(max_batch_tokens=2_000)
+    num_pairs = 5_000
+    body = {
+        "source_ids": [[index % 47] for index in range(num_pairs)],
+        "target_ids": [[index % 43] * 9 + [2] for index in range(num_pairs)],
+        "return": ["token_nlls"],
+    }
+    reply = service.post("/loss", json=body).json()
+    for index in range(0, num_pairs, 371):
+        source, label = index % 47, index % 43
+        expected = [
+            fake_nll([source], START, label),
+            *[fake_nll([source], label, label)] * 8,
+            fake_nll([source], label, 2),
+        ]
+        assert reply["token_nlls"][index] == pytest.approx(expected)
+        assert reply["losses"][index] == pytest.approx(sum(expected))
+    assert reply["aggregate"]["loss"] == pytest.approx(sum(reply["losses"]))
+    assert reply["usage"]["batches"] > 10
+
+
 def test_a_perplexity_beyond_float64_is_null(make_client: Any) -> None:
     service = make_client(engine=poisoned(13, -800.0))
     reply = service.post("/loss", json={"source_ids": [[3]], "target_ids": [[13]]}).json()
