@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from checkpoints import save_checkpoint
+from seqloss.bundle import graph_policy
 from seqloss.cli import main
 from seqloss.export import huggingface
 from seqloss.export.huggingface import load_checkpoint
@@ -160,6 +161,15 @@ def test_what_lies_at_the_output_is_not_destroyed(
     assert "exists" in refusal(checkpoint, capsys)
     assert "replaces bundles only" in refusal(checkpoint, capsys, "--force")
     assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_operator_that_bundles_may_not_use_is_named(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_policy, "_ATEN", graph_policy._ATEN - {"logsumexp"})
+    said = refusal(checkpoint, capsys)
+    assert "graph_policy.py" in said
+    assert "torch.ops.aten.logsumexp.default" in said
 
 
 @pytest.mark.parametrize("classes", ["90-120", "5-3", "0-100"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from seqloss.bundle.graph_archive import distil
-from seqloss.errors import CheckpointError
+from seqloss.errors import BundleError, CheckpointError
 from seqloss.loss.head import VOCABULARY_BLOCK, OutputProjection, block_terms, output_projection
 
 # Every axis is dynamic. Sizes of the example are at least 2 and differ: torch.export specialises
@@ -100,7 +100,13 @@ def capture(graph: LossGraph) -> bytes:
         state[name] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
-    return distil(buffer.getvalue())
+    try:
+        return distil(buffer.getvalue())
+    except BundleError as error:
+        raise CheckpointError(
+            "the model's graph holds what bundles may not (see seqloss/bundle/graph_policy.py)",
+            error.faults,
+        ) from error
 
 
 def weights_of(graph: LossGraph) -> tuple[dict[str, Tensor], dict[str, str]]:
