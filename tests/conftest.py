@@ -127,8 +127,8 @@ def serve() -> Iterator[Callable[..., Server]]:
     """Starts `seqloss serve` with the given arguments; ends it with the test."""
     servers: list[Server] = []
 
-    def start(*arguments: str) -> Server:
-        servers.append(Server(*arguments))
+    def start(*arguments: str, port: int = 0) -> Server:
+        servers.append(Server(*arguments, port=port))
         return servers[-1]
 
     yield start

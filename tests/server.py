@@ -12,9 +12,9 @@ import httpx
 class Server:
     """A `seqloss serve` process on a port of its own; its log is read as it comes."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, port: int = 0) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "seqloss.cli", "serve", *arguments, "--port", "0"],
+            [sys.executable, "-m", "seqloss.cli", "serve", *arguments, "--port", str(port)],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -31,7 +31,7 @@ class Server:
 
     def client(self) -> httpx.Client:
         """Speaks to the server once it is ready."""
-        address = self.read_until(r"running on (http://\S+)").group(1)
+        address = self.read_until(r"listening on (http://\S+)").group(1)
         self.read_until("is ready on")
         return httpx.Client(base_url=address)
 

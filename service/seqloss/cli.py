@@ -15,7 +15,12 @@ from seqloss.settings import Settings, load_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0 done, 1 failed while serving, 2 refused."""
+    """Runs a command.
+
+    Returns:
+        The exit status: 0 done, 1 failed while serving, 2 refused.  A signal that ends the service
+        is raised again once it has drained, so that its supervisor sees it.
+    """
     options = _parser().parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -73,32 +78,12 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    import uvicorn
-
     from seqloss.bundle.reader import open_bundle
-    from seqloss.http.app import create_app
+    from seqloss.http.server import serve
 
     settings = _settings(options)
     bundles = {name: open_bundle(path) for name, path in _named(options.bundles).items()}
-    fatal: list[Exception] = []
-
-    def stop(error: Exception) -> None:
-        logging.getLogger("seqloss").critical("%s", error)
-        fatal.append(error)
-        server.should_exit = True
-
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(bundles, settings, on_fatal=stop),
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=settings.drain_timeout_seconds,
-        )
-    )
-    server.run()
-    return 1 if fatal or not server.started else 0
+    return 0 if serve(bundles, settings) else 1
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -114,6 +99,11 @@ def _named(bundles: Sequence[str]) -> dict[str, Path]:
         name, found, path = text.partition("=")
         folder = Path(path if found else text)
         name = name if found else folder.resolve().name
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
+            raise ConfigurationError(
+                f"{name!r} cannot name a model: give NAME=BUNDLE, a name of letters, digits, '.', "
+                "'_' and '-'"
+            )
         if name in named:
             raise ConfigurationError(f"two bundles are named {name!r}; give NAME=BUNDLE")
         named[name] = folder

@@ -134,7 +134,7 @@ class OverloadedError(ServiceError):
 
 
 class DeadlineExceededError(ServiceError):
-    """The request's `timeout_ms` passed before its last batch began."""
+    """The request's `timeout_ms` passed before all of it was scored."""
 
     code = "deadline_exceeded"
 

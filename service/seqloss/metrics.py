@@ -109,7 +109,7 @@ class Metrics:
         )
         self.request_duration = histogram(
             "request_duration_seconds",
-            "From admission to the last score of a request",
+            "From a parsed request to its reduced losses",
             ["model", "priority"],
             _SECONDS,
         )

@@ -38,8 +38,8 @@ State = Literal["loading", "ready", "draining", "failed"]
 _Arguments = TypeVarTuple("_Arguments")
 _Result = TypeVar("_Result")
 
-# Checking and reducing take some 20 ns a token each: at most a millisecond on the event loop.
-_ON_LOOP_TOKENS = 50_000
+# Checking and reducing take some 20 ns a token or row: at most a millisecond on the event loop.
+_ON_LOOP_SIZE = 50_000
 
 LoadEngine = Callable[[Bundle, str, int | None], Engine]
 
@@ -52,7 +52,7 @@ class ScoreOptions:
     with_ranks_and_entropies: bool = False
     on_error: Literal["fail", "partial"] = "fail"
     priority: Priority = "interactive"
-    timeout_seconds: float | None = None
+    seconds_left: float | None = None
     stream: str = "other"
 
 
@@ -156,11 +156,16 @@ class LossRuntime:
         self._on_fatal(error)
 
     async def drain(self) -> None:
-        """Refuses new requests, answers the admitted ones, frees the device."""
-        self._state, self._reason = "draining", "the service is shutting down"
+        """Refuses new requests and answers the admitted ones."""
+        if self._state != "failed":
+            self._state, self._reason = "draining", "the service is shutting down"
         self._metrics.ready(False)
         if self._batcher is not None:
             await self._batcher.drain(self._settings.drain_timeout_seconds)
+
+    async def close(self) -> None:
+        """Drains what is not drained yet, and frees the device."""
+        await self.drain()
         if self._engine is not None:
             # On its own thread: a batch that outlived the drain may still be running there.
             loop = asyncio.get_running_loop()
@@ -180,10 +185,8 @@ class LossRuntime:
             )
         self._refuse_too_many(request)
         started = time.monotonic()
-        num_tokens = len(request.source_ids.values) + len(request.target_ids.values)
-        checked = await _off_loop_if(
-            num_tokens > _ON_LOOP_TOKENS, check, request, self.bundle.manifest, self.limits
-        )
+        is_large = _size(request) > _ON_LOOP_SIZE
+        checked = await _off_loop_if(is_large, check, request, self.bundle.manifest, self.limits)
         if checked.faults and options.on_error == "fail":
             self._count(options, checked.faults, 0)
             raise InvalidRequestError(
@@ -193,7 +196,7 @@ class LossRuntime:
             )
         outcome = await self._batched(self._batcher, checked, options)
         scores = await _off_loop_if(
-            num_tokens > _ON_LOOP_TOKENS,
+            is_large,
             reduce_terms,
             outcome.terms,
             checked.counted_positions,
@@ -228,15 +231,15 @@ class LossRuntime:
 
     def _refuse_too_many(self, request: RequestArrays) -> None:
         limit = self._settings.max_pairs_per_request
-        if len(request.target_ids) > limit:
-            raise RequestTooLargeError(
-                f"the request has {len(request.target_ids)} pairs, and at most {limit} are taken; "
-                "split it"
-            )
+        for what, rows in (("targets", request.target_ids), ("sources", request.source_ids)):
+            if len(rows) > limit:
+                raise RequestTooLargeError(
+                    f"the request has {len(rows)} {what}, and at most {limit} are taken; split it"
+                )
 
     async def _batched(self, batcher: Batcher, checked: Checked, options: ScoreOptions) -> Outcome:
         try:
-            async with asyncio.timeout(options.timeout_seconds):
+            async with asyncio.timeout(options.seconds_left):
                 return await batcher.score(
                     checked.pairs,
                     priority=options.priority,
@@ -245,7 +248,8 @@ class LossRuntime:
         except TimeoutError as error:
             self._metrics.deadline_missed()
             raise DeadlineExceededError(
-                f"the request's timeout of {options.timeout_seconds:g} s passed"
+                "the request's timeout_ms passed before all of it was scored; allow more, or send "
+                "less at a time"
             ) from error
 
     def _device_faults(self, checked: Checked, outcome: Outcome, scores: Scores) -> list[Fault]:
@@ -280,6 +284,12 @@ def length_limits(bundle: Bundle, settings: Settings) -> LengthLimits:
         min(settings.max_source_tokens, manifest.max_source_tokens or settings.max_source_tokens),
         min(settings.max_target_tokens, manifest.max_target_tokens or settings.max_target_tokens),
     )
+
+
+def _size(request: RequestArrays) -> int:
+    """Tokens and rows: what work on the arrays of a request grows with."""
+    sources, targets = request.source_ids, request.target_ids
+    return len(sources.values) + len(targets.values) + len(sources) + len(targets)
 
 
 async def _off_loop_if(

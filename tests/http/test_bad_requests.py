@@ -233,6 +233,8 @@ WRONG_FIELDS = {
     "start ids of another count": GOOD | {"decoder_start_token_id": [1, 2]},
     "prefixes of another count": GOOD | {"prefix_length": [1, 2]},
     "negative prefix": GOOD | {"prefix_length": -1},
+    "token types of another shape": GOOD | {"token_type_ids": [[0]]},
+    "timeout without end": GOOD | {"timeout_ms": "Infinity"},
     "token types": GOOD | {"token_type_ids": [[0, 1]]},
     "pad id out of range": GOOD | {"pad_token_id": VOCABULARY_SIZE},
 }
@@ -277,7 +279,10 @@ def test_compressed_bodies_are_read_and_broken_ones_refused(encoding: str, servi
     headers = JSON | {"Content-Encoding": encoding}
     body = COMPRESSORS[encoding](json.dumps(GOOD).encode())
     assert service.post("/loss", content=body, headers=headers).status_code == 200
-    for broken in (body[:-3], b"nonsense", b""):
+    twice = body + COMPRESSORS[encoding](b" " * 10)
+    assert service.post("/loss", content=twice, headers=headers).status_code == 200
+    long_body = COMPRESSORS[encoding](json.dumps(GOOD).encode() + b" " * 9_000)
+    for broken in (body[:-3], long_body[:-8], body + b"x", b"nonsense", b""):
         response = service.post("/loss", content=broken, headers=headers)
         assert_problem(response, 400, "malformed_body")
     bomb = COMPRESSORS[encoding](b" " * 50_000_000)
@@ -287,6 +292,28 @@ def test_compressed_bodies_are_read_and_broken_ones_refused(encoding: str, servi
     response = service.post("/loss", content=small_bomb, headers=headers)
     assert_problem(response, 413, "request_too_large")
     assert_alive(service)
+
+
+@pytest.mark.parametrize("field", ["source_ids", "source_mask", "source_index", "unknown"])
+def test_a_million_wrong_entries_cost_no_more_than_one(field: str, make_client: Any) -> None:
+    """Counted by what is listed: each of them would be an object and a line of the reply."""
+    service = make_client()
+    entries = b",".join([b'""'] * 1_000_000)
+    wrong = {
+        "source_ids": b'"source_ids":[[%b]],"target_ids":[[1]]' % entries,
+        "source_mask": b'"source_ids":[[1]],"target_ids":[[1]],"source_mask":[[%b]]' % entries,
+        "source_index": b'"source_ids":[[1]],"target_ids":[[1]],"source_index":[%b]' % entries,
+        "unknown": b",".join(b'"field%d":1' % number for number in range(100_000)),
+    }[field]
+    response = service.post("/loss", content=b"{%b}" % wrong, headers=JSON)
+    assert response.status_code == 422
+    assert len(response.json()["errors"]) <= 3
+    assert len(response.content) < 2_000
+
+
+def test_more_sources_than_a_request_may_have_are_a_413(service: Any) -> None:
+    body = {"source_ids": [[3]] * 101, "target_ids": [[5]], "source_index": [0]}
+    assert_problem(service.post("/loss", json=body), 413, "request_too_large")
 
 
 def test_an_unknown_encoding_is_a_415(service: Any) -> None:
@@ -327,6 +354,7 @@ def test_unknown_models_paths_and_methods(service: Any) -> None:
     assert "served are: fake" in assert_problem(response, 404, "unknown_model")["detail"]
     assert_problem(service.get("/models/other"), 404, "unknown_model")
     assert_problem(service.get("/nothing"), 404, "not_found")
+    assert_problem(service.post("/loss/", json=GOOD), 404, "not_found")
     assert_problem(service.get("/loss"), 405, "method_not_allowed")
     assert_alive(service)
 

@@ -289,6 +289,17 @@ def test_a_model_that_fails_its_self_test_never_serves(make_client: Any) -> None
     assert [type(error) for error in fatal] == [SelfTestError]
 
 
+def test_a_timeout_counts_from_the_arrival(client: Any) -> None:
+    """Parsing counts too: a microsecond is over before anything is queued."""
+    response = client.post("/loss", json=GOOD | {"timeout_ms": 0.001})
+    assert_problem(response, 504, "deadline_exceeded")
+
+
+def test_health_answers_to_head(client: Any) -> None:
+    for path in ("/health/live", "/health/ready"):
+        assert client.head(path).status_code == 200
+
+
 def test_shutting_down_finishes_what_was_admitted(
     make_client: Any, held: HeldEngine, threads: ThreadPoolExecutor
 ) -> None:
@@ -307,6 +318,7 @@ def test_shutting_down_finishes_what_was_admitted(
     held.let_go.set()
     draining.result()
     assert [future.result().status_code for future in (first, second)] == [200, 200]
+    service.portal.call(runtime.close)
     assert held.closed
 
 

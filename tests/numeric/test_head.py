@@ -111,6 +111,29 @@ def test_a_confident_token_keeps_its_digits() -> None:
     assert target_logprob.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("vocabulary_block", [1000, 64])
+def test_an_entropy_near_zero_keeps_its_digits_when_the_target_is_unlikely(
+    vocabulary_block: int,
+) -> None:
+    """The model is sure, and wrong: large terms of both signs would cancel in the entropy."""
+    hidden, weight, bias, _ = random_head(1000, 200, scale=2.0)
+    logits = hidden.double() @ weight.double().T + bias.double()
+    labels = logits.argmin(-1)
+    expected = naive_terms(hidden, weight, bias, labels, [])
+    target_logprob, _, _, entropy = token_terms(
+        hidden,
+        output_projection(weight, bias, []),
+        labels,
+        with_ranks_and_entropies=True,
+        vocabulary_block=vocabulary_block,
+    )
+    sure = expected["entropy"] < 0.2
+    assert sure.sum() > 10
+    assert (target_logprob[sure] < -20).all()
+    assert (entropy - expected["entropy"])[sure].abs().max() <= 5e-6
+    assert (entropy >= 0).all()
+
+
 def test_terms_without_ranks_are_the_same_bits() -> None:
     hidden, weight, bias, labels = random_head(500, 64)
     projection = output_projection(weight, bias, [])

@@ -14,7 +14,7 @@ def test_flags_win_over_the_environment_and_that_over_defaults(
 ) -> None:
     monkeypatch.setenv("SEQLOSS_PORT", "9001")
     monkeypatch.setenv("SEQLOSS_MAX_BATCH_TOKENS", "1234")
-    monkeypatch.setenv("SEQLOSS_STREAMS", '["news", "web"]')
+    monkeypatch.setenv("SEQLOSS_STREAMS", "news,web")
     settings = load_settings(port="9002")
     assert (settings.port, settings.max_batch_tokens, settings.host) == (9002, 1234, "127.0.0.1")
     assert settings.streams == ("news", "web")
@@ -27,7 +27,8 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("port", "70000"), ("max_batch_tokens", "0"), ("torch_threads", "many")]
+    ("name", "value"),
+    [("port", "70000"), ("max_batch_tokens", "0"), ("torch_threads", "many"), ("device", "tpu")],
 )
 def test_a_wrong_value_is_named(name: str, value: str) -> None:
     with pytest.raises(ConfigurationError, match=name):

@@ -101,13 +101,13 @@ class Batcher:
         Whoever is still waiting after the timeout gets NotReadyError.
         """
         self._closed = True
-        if waiting := [job.done for job in self._queue.jobs]:
-            await asyncio.wait(waiting, timeout=timeout_seconds)
-        _fail(
-            self._queue.jobs,
-            NotReadyError("the service was shut down before this was done", retry_after_seconds=1),
-        )
-        self._task.cancel()
+        try:
+            if waiting := [job.done for job in self._queue.jobs]:
+                await asyncio.wait(waiting, timeout=timeout_seconds)
+        finally:
+            reason = "the service was shut down before this was done"
+            _fail(self._queue.jobs, NotReadyError(reason, retry_after_seconds=1))
+            self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     def _refuse(self, num_tokens: int) -> None:

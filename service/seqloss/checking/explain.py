@@ -55,7 +55,10 @@ class Explainer:
 
     def empty_target(self, index: int) -> Fault:
         """There is nothing to count."""
-        detail = f"target {index} has no token that counts"
+        detail = (
+            f"target {index} has no token that counts: it is empty, or masks, prefix, padding and "
+            "truncation leave nothing of it"
+        )
         return Fault("empty_target", detail, index, ("target_ids", index))
 
     def target_too_long(self, index: int) -> Fault:
@@ -92,8 +95,8 @@ class Explainer:
         """The given start id is none that the model has."""
         assert self.request.start_ids is not None  # noqa: S101 - for mypy; one is wrong
         detail = (
-            f"decoder_start_token_id {self.request.start_ids[index]} of target {index} is not in "
-            f"the vocabulary, which has {self.vocabulary.target}"
+            f"decoder_start_token_id of target {index} is {_shown(self.request.start_ids[index])}, "
+            f"the vocabulary has {self.vocabulary.target}"
         )
         return Fault("token_out_of_range", detail, index, ("decoder_start_token_id", index))
 
@@ -109,6 +112,10 @@ def _too_long(what: str, length: int, limit: int) -> str:
 
 
 def _unknown(what: str, number: int, place: int, size: int) -> str:
+    return f"{what} has {_shown(number)} at position {place}, the vocabulary has {size}"
+
+
+def _shown(number: int) -> str:
+    """The id, unless it was too long for 64 bits and cut to the nearest number that is not."""
     limits = np.iinfo(np.int64)
-    shown = "an id beyond 64 bits" if number in (limits.min, limits.max) else f"the id {number}"
-    return f"{what} has {shown} at position {place}, the vocabulary has {size}"
+    return "an id beyond 63 bits" if number in (limits.min, limits.max) else f"the id {number}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from io import BytesIO
+from typing import Protocol
 
 import zstandard
 from fastapi import Request
+from starlette.concurrency import run_in_threadpool
 
 from seqloss.errors import MalformedBodyError, RequestTooLargeError, UnsupportedMediaTypeError
 
@@ -26,7 +27,7 @@ async def read_json_body(request: Request, max_bytes: int) -> bytes:
             f"the content type {media_type!r} is not read here; send application/json"
         )
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in _DECODERS:
+    if encoding != "identity" and encoding not in _DECODERS:
         raise UnsupportedMediaTypeError(
             f"the content encoding {encoding!r} is not read here; these are: {', '.join(_DECODERS)}"
         )
@@ -38,39 +39,66 @@ async def read_json_body(request: Request, max_bytes: int) -> bytes:
         body += chunk
         if len(body) > max_bytes:
             raise _too_large(max_bytes)
+    if encoding == "identity":
+        return bytes(body)
     try:
-        decoded = _DECODERS[encoding](bytes(body), max_bytes)
+        return await run_in_threadpool(_decoded, bytes(body), encoding, max_bytes)
     except (zlib.error, zstandard.ZstdError, EOFError) as error:
         raise MalformedBodyError(f"the body is not {encoding}: {error}") from error
-    if len(decoded) > max_bytes:
-        raise _too_large(max_bytes)
-    return decoded
 
 
 def _too_large(max_bytes: int) -> RequestTooLargeError:
     return RequestTooLargeError(f"the body is over the limit of {max_bytes} bytes; split it")
 
 
-def _inflate(window_bits: int) -> Callable[[bytes, int], bytes]:
-    def decode(body: bytes, max_bytes: int) -> bytes:
-        decompressor = zlib.decompressobj(window_bits)
-        decoded = decompressor.decompress(body, max_bytes + 1)
-        if not decompressor.eof and len(decoded) <= max_bytes:
+def _decoded(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    """All members or frames of the body, one after the other; a bomb never unfolds."""
+    decoded = bytearray()
+    while body or not decoded:
+        decoder = _DECODERS[encoding]()
+        decoded += decoder.decompress(body, max_bytes + 1 - len(decoded))
+        if len(decoded) > max_bytes:
+            raise _too_large(max_bytes)
+        if not decoder.eof:
             raise EOFError("it ends too early")
+        body = decoder.unused_data
+    return bytes(decoded)
+
+
+class _Decoder(Protocol):
+    """What zlib's decompressors are: one member, at most so many bytes of it."""
+
+    @property
+    def eof(self) -> bool:
+        """Whether the member was whole."""
+
+    @property
+    def unused_data(self) -> bytes:
+        """What follows it."""
+
+    def decompress(self, body: bytes, max_length: int, /) -> bytes:
+        """The member, or its beginning."""
+
+
+class _ZstdDecoder:
+    """The reader stops at a limit, the decompressor knows whether a frame is whole: ask both."""
+
+    eof = True
+    unused_data = b""
+
+    def decompress(self, body: bytes, max_length: int, /) -> bytes:
+        with zstandard.ZstdDecompressor().stream_reader(body) as reader:
+            decoded = reader.read(max_length)
+        if len(decoded) == max_length:
+            return decoded
+        decoder = zstandard.ZstdDecompressor().decompressobj()
+        decoded = decoder.decompress(body)
+        self.eof, self.unused_data = decoder.eof, decoder.unused_data
         return decoded
 
-    return decode
 
-
-def _zstd(body: bytes, max_bytes: int) -> bytes:
-    with zstandard.ZstdDecompressor().stream_reader(BytesIO(body)) as reader:
-        return reader.read(max_bytes + 1)
-
-
-# Each stops at one byte more than is allowed: a bomb never unfolds.
-_DECODERS: dict[str, Callable[[bytes, int], bytes]] = {
-    "identity": lambda body, _: body,
-    "gzip": _inflate(zlib.MAX_WBITS | 16),
-    "deflate": _inflate(zlib.MAX_WBITS),
-    "zstd": _zstd,
+_DECODERS: dict[str, Callable[[], _Decoder]] = {
+    "gzip": lambda: zlib.decompressobj(zlib.MAX_WBITS | 16),
+    "deflate": lambda: zlib.decompressobj(zlib.MAX_WBITS),
+    "zstd": _ZstdDecoder,
 }

@@ -15,14 +15,15 @@ from seqloss.records import BoolArray, Int64Array, Ragged, RequestArrays
 from seqloss.runtime import ScoredRequest, ScoreOptions
 
 
-def options_of(request: LossRequest, stream: str) -> ScoreOptions:
+def options_of(request: LossRequest, stream: str, seconds_since_arrival: float) -> ScoreOptions:
     """What the request chooses beside its pairs."""
+    timeout_ms = request.timeout_ms
     return ScoreOptions(
         smoothing=LabelSmoothing(request.label_smoothing, request.smoothing),
         with_ranks_and_entropies=bool({"token_ranks", "token_entropies"} & set(request.per_token)),
         on_error=request.on_error,
         priority=request.priority,
-        timeout_seconds=None if request.timeout_ms is None else request.timeout_ms / 1000,
+        seconds_left=None if timeout_ms is None else timeout_ms / 1000 - seconds_since_arrival,
         stream=stream,
     )
 
@@ -61,7 +62,10 @@ class _Flattener:
                 "decoder_start_token_id",
                 "decoder_input_ids begin with their own start; give one of the two",
             )
-        if request.token_type_ids and any(map(any, request.token_type_ids)):
+        types = request.token_type_ids
+        if types is not None:
+            self._same_shape("token_type_ids", _ids(types), sources, "source_ids")
+        if types is not None and any(map(any, types)):
             self._fault(
                 "token_type_ids", "token_type_ids are not all zero; no model here has types"
             )
@@ -97,7 +101,7 @@ class _Flattener:
         for place in wrong:
             self._fault(
                 "source_index",
-                f"target {place} names source {index[place]}, and there are {num_sources}",
+                f"target {place} names source {index[place]}, and there are {num_sources}, from 0",
                 place,
             )
         return None if wrong else np.array(index, np.int64)
@@ -144,7 +148,7 @@ class _Flattener:
             return None
         values = [value] * num_targets if isinstance(value, int) else value
         if field == "prefix_length" and any(length < 0 for length in values):
-            self._fault(field, "prefix_length is negative")
+            self._fault(field, f"prefix_length is negative: {min(values)}")
         return _ids([values]).values
 
 

@@ -26,7 +26,8 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 class RequestMiddleware:
     """Sets `X-Request-ID` and `Server-Timing`, observes the duration, and answers for bugs.
 
-    Handlers find the id in `request.state.request_id` and add what they timed, in seconds, to
+    Handlers find the id in `request.state.request_id`, the time of arrival on the performance
+    counter in `request.state.started`, and add what they timed, in seconds, to
     `request.state.timings`.
     """
 
@@ -45,7 +46,9 @@ class RequestMiddleware:
         # Only harmless ids are taken over: they are written to logs.
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         timings: dict[str, float] = {}
-        scope.setdefault("state", {}).update(request_id=request_id, timings=timings)
+        scope.setdefault("state", {}).update(
+            request_id=request_id, timings=timings, started=started
+        )
         status = ""
 
         async def send_with_headers(message: Message) -> None:

@@ -161,10 +161,7 @@ def _problem(
         "detail": detail,
         "code": code,
         "request_id": request.state.request_id,
-        "errors": [
-            {"index": fault.index, "loc": fault.loc, "code": fault.code, "detail": fault.detail}
-            for fault in faults
-        ],
+        "errors": list(faults),
         "error": detail,
     }
     headers = {}

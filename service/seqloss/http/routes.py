@@ -24,7 +24,8 @@ from seqloss.records import RequestArrays
 from seqloss.runtime import LossRuntime
 from seqloss.settings import Settings
 
-# Parsing a larger body takes more than about half a millisecond, and would hold up the others.
+# Parsing a larger body takes more than half a millisecond. A thread lets others in between its
+# steps, though not during them: each is one call that holds the interpreter.
 _PARSE_ON_LOOP_BYTES = 64 * 1024
 
 Models = Mapping[str, LossRuntime]
@@ -80,7 +81,8 @@ async def post_loss(
         request.state.timings["parse"] = time.perf_counter() - started
         metrics.parse_duration.labels("json").observe(request.state.timings["parse"])
         runtime = _model_named(models, loss_request.model)
-        options = options_of(loss_request, _stream(request, settings))
+        elapsed = time.perf_counter() - request.state.started
+        options = options_of(loss_request, _stream(request, settings), elapsed)
         scored = await _while_connected(request, runtime.score(arrays, options))
         request.state.timings["queue"] = scored.usage.queue_seconds
         request.state.timings["compute"] = scored.usage.compute_seconds
@@ -228,6 +230,7 @@ class HealthBody(BaseModel):
     status: Literal["live", "ready"]
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", summary="Should the process live on?", responses=responses(503))
 async def get_live(models: Annotated[Models, Depends(_models)]) -> HealthBody:
     """503 once a model failed to load or lost its engine: only a new process helps."""
@@ -237,6 +240,7 @@ async def get_live(models: Annotated[Models, Depends(_models)]) -> HealthBody:
     return HealthBody(status="live")
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", summary="Does it take requests?", responses=responses(503))
 async def get_ready(models: Annotated[Models, Depends(_models)]) -> HealthBody:
     """503 with the reason while any model is loading, draining or dead."""

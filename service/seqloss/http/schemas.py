@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic.config import JsonDict
 
 from seqloss.errors import Fault, InvalidRequestError, MalformedBodyError
-from seqloss.loss.reduce import (
-    Smoothing,
-)
+from seqloss.loss.reduce import Smoothing
 from seqloss.records import Priority
+
+# Of a name that somebody made up so much is repeated back.
+_LONGEST_NAME = 100
+# Beyond so many, listing them takes more time and memory than anybody has.
+_MOST_FAULTS = 1000
+# Of sources or targets; the service's own limit is far below it, and looked at after parsing.
+_MOST_ROWS = 1_000_000
 
 PerTokenName = Literal["token_losses", "token_nlls", "token_ranks", "token_entropies"]
 
-TokenIds = list[list[int]]
+
+class _StopAtFirst(FailFast):
+    """Of a million wrong entries the first one is shown, and only it costs time and memory."""
+
+    def __hash__(self) -> int:  # unions hash their arms
+        return hash(type(self))
+
+
+_Ints = Annotated[list[int], _StopAtFirst()]
+_Bools = Annotated[list[bool], _StopAtFirst()]
+TokenIds = Annotated[list[_Ints], _StopAtFirst(), Field(max_length=_MOST_ROWS)]
 # Strict integers are no booleans. A union of lists is decided once, a list of unions per entry.
-Mask = list[list[int]] | list[list[bool]]
+Mask = TokenIds | Annotated[list[_Bools], _StopAtFirst()]
 
 # For the demo model: a source and two translations, the second one wrong by an hour.
 _EXAMPLE: JsonDict = {
@@ -53,7 +69,7 @@ class LossRequest(BaseModel):
         validation_alias=AliasChoices("target_ids", "labels"),
         description="One list of token ids per target; -100 marks positions that do not count.",
     )
-    source_index: list[int] | None = Field(
+    source_index: _Ints | None = Field(
         None, description="The source of each target; without it target i goes with source i."
     )
     source_mask: Mask | None = Field(
@@ -64,7 +80,7 @@ class LossRequest(BaseModel):
     target_mask: Mask | None = Field(
         None, description="Shaped as the targets; 0 where a position does not count."
     )
-    token_type_ids: list[list[int]] | None = Field(
+    token_type_ids: TokenIds | None = Field(
         None, description="Some collators send it; taken only if it is all zero."
     )
     pad_token_id: int | None = Field(
@@ -72,25 +88,39 @@ class LossRequest(BaseModel):
         description="Target positions with this id do not count, and trailing source positions "
         "are not attended to. Never inferred.",
     )
-    prefix_length: int | list[int] = Field(
+    prefix_length: int | _Ints = Field(
         0, description="Tokens at the beginning of targets that are fed and do not count."
     )
-    decoder_start_token_id: int | list[int] | None = Field(
+    decoder_start_token_id: int | _Ints | None = Field(
         None, description="The decoder's first input, one or one per target."
     )
     decoder_input_ids: TokenIds | None = Field(
         None, description="Used as they are, in place of the shifted targets."
     )
-    label_smoothing: float = Field(0.0, ge=0.0, le=1.0)
+    label_smoothing: float = Field(
+        0.0, ge=0.0, le=1.0, description="Changes `losses` and `token_losses`, never an nll."
+    )
     smoothing: Smoothing = Field(
         "uniform",
         description="`uniform`: PyTorch and Keras; `uniform_excluding_target`: fairseq.",
     )
-    per_token: list[PerTokenName] = Field([], alias="return")
-    on_error: Literal["fail", "partial"] = "fail"
-    truncation: bool = False
-    priority: Priority = "interactive"
-    timeout_ms: float | None = Field(None, gt=0)
+    per_token: list[PerTokenName] = Field(
+        [], alias="return", description="Arrays per token to send; others are not computed."
+    )
+    on_error: Literal["fail", "partial"] = Field(
+        "fail",
+        description="`fail`: one bad pair fails the request, with all bad ones listed; `partial`: "
+        "bad pairs are null and listed in `errors`.",
+    )
+    truncation: bool = Field(
+        False, description="Cut what is too long, and say how many tokens; else it is an error."
+    )
+    priority: Priority = Field(
+        "interactive", description="`bulk` lets interactive requests go first, four in a row."
+    )
+    timeout_ms: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="From the request's arrival; then 504."
+    )
 
 
 def parse_loss_request(body: bytes) -> LossRequest:
@@ -103,25 +133,38 @@ def parse_loss_request(body: bytes) -> LossRequest:
     try:
         return LossRequest.model_validate_json(body)
     except ValidationError as error:
-        # Millions of wrong ids have one cause; the first ones show it.
+        if error.error_count() > _MOST_FAULTS:
+            raise InvalidRequestError(
+                f"{error.error_count()} fields of the body are wrong"
+            ) from error
         faults = [
-            Fault(fault["type"], _explained(fault), loc=fault["loc"])
-            for fault in error.errors(
-                include_url=False, include_context=False, include_input=False
-            )[:20]
+            Fault(fault["type"], _explained(fault), loc=_path(fault["loc"]))
+            for fault in error.errors(include_url=False, include_context=False, include_input=False)
         ]
         if faults[0].code == "json_invalid":
             raise MalformedBodyError(f"the body is not JSON: {faults[0].detail}") from error
         raise InvalidRequestError(
-            f"{error.error_count()} fields of the body are wrong", faults
+            "fields of the body are unknown, missing or of the wrong kind", faults
         ) from error
 
 
+def _path(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Without the names that pydantic gives to the arms of a union, and without endless names."""
+    return tuple(
+        step[:_LONGEST_NAME] if isinstance(step, str) else step
+        for step in loc
+        if isinstance(step, int) or not re.fullmatch(r"(list|int|bool)(\[.*\])?", step)
+    )
+
+
 def _explained(fault: Any) -> str:
-    name = ".".join(map(str, fault["loc"]))
+    name = ".".join(map(str, _path(fault["loc"])))
     if fault["type"] == "extra_forbidden":
         return f"there is no field {name!r}; is it misspelt, or given under two names?"
     return f"{name}: {fault['msg']}" if name else str(fault["msg"])
+
+
+# ---------------------------------------------------------------- replies
 
 
 class PairErrorBody(BaseModel):
@@ -147,12 +190,12 @@ class AggregateBody(BaseModel):
 class UsageBody(BaseModel):
     """What the request cost."""
 
-    source_tokens: int
-    target_tokens: int
-    encoded_sources: int
-    batches: int
-    queue_ms: float
-    compute_ms: float
+    source_tokens: int = Field(description="Of all sources that were sent, padding not counted.")
+    target_tokens: int = Field(description="Of all targets that were sent, up to what counts last.")
+    encoded_sources: int = Field(description="Distinct sources, summed over the batches.")
+    batches: int = Field(description="Batches that held targets of the request.")
+    queue_ms: float = Field(description="Until the first of them.")
+    compute_ms: float = Field(description="Of all of them, other requests' share included.")
 
 
 class LossReply(BaseModel):

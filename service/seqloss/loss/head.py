@@ -109,7 +109,7 @@ def block_terms(
     weight, bias, mean_weight, mean_bias = projection
     target_logit = (hidden * weight.index_select(0, labels)).sum(-1) + bias.index_select(0, labels)
 
-    lse_parts, mean_parts = [], []
+    lse_parts, entropy_parts = [], []
     rank = torch.zeros_like(labels)
     for start in range(0, len(weight), vocabulary_block):
         rows = weight[start : start + vocabulary_block]
@@ -118,18 +118,23 @@ def block_terms(
         lse_parts.append(logits.logsumexp(-1))
         if with_ranks_and_entropies:
             rank = rank + (logits > target_logit[:, None]).sum(-1)
-            mean_parts.append((logits.softmax(-1) * logits).sum(-1))
+            surprise = lse_parts[-1][:, None] - logits
+            entropy_parts.append((torch.exp(-surprise) * surprise).sum(-1))
 
     lse_of_blocks = torch.stack(lse_parts, dim=-1)  # (K, blocks)
-    nll = softplus(lse_of_blocks.logsumexp(-1) - target_logit)
+    lse_other = lse_of_blocks.logsumexp(-1)
+    nll = softplus(lse_other - target_logit)
     mean_logprob = hidden @ mean_weight + mean_bias - (target_logit + nll)
     if not with_ranks_and_entropies:
         return -nll, mean_logprob
 
-    # The entropy is lse - E[z], and E[z] mixes the target with the mean logit of the others:
-    # nll + (1 - p_y) * (z_y - E_others[z]), in which nothing large cancels.
-    mean_other = (lse_of_blocks.softmax(-1) * torch.stack(mean_parts, dim=-1)).sum(-1)
-    entropy = nll - torch.expm1(-nll) * (target_logit - mean_other)
+    # By the chain rule: which block, given another class; then whether the target or another one.
+    # All terms are positive, so that nothing cancels.
+    surprise = lse_other[:, None] - lse_of_blocks
+    entropy_of_blocks = torch.stack(entropy_parts, dim=-1)
+    entropy_other = (torch.exp(-surprise) * (surprise + entropy_of_blocks)).sum(-1)
+    nll_other = softplus(target_logit - lse_other)
+    entropy = torch.exp(-nll) * nll + torch.exp(-nll_other) * (nll_other + entropy_other)
     return -nll, mean_logprob, rank.int(), entropy
 
 
