@@ -257,7 +257,7 @@ def test_a_misspelt_field_is_called_by_its_name(service: Any) -> None:
     assert "label_smothing" in fault["detail"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 5000, b'{"source_ids": [[1]]} {}'])
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 500, b'{"source_ids": [[1]]} {}'])
 def test_what_is_not_json_is_a_400(body: bytes, service: Any) -> None:
     assert_problem(service.post("/loss", content=body, headers=JSON), 400, "malformed_body")
     assert_alive(service)
@@ -309,6 +309,14 @@ def test_a_million_wrong_entries_cost_no_more_than_one(field: str, make_client: 
     assert response.status_code == 422
     assert len(response.json()["errors"]) <= 3
     assert len(response.content) < 2_000
+
+
+def test_more_lists_than_a_request_may_have_are_not_even_parsed(service: Any) -> None:
+    body = b'{"source_ids":[%b],"target_ids":[[1]]}' % b",".join([b"[]"] * 6_000)
+    problem = assert_problem(
+        service.post("/loss", content=body, headers=JSON), 413, "request_too_large"
+    )
+    assert "100 sources or targets" in problem["detail"]
 
 
 def test_more_sources_than_a_request_may_have_are_a_413(service: Any) -> None:

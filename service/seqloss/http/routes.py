@@ -75,9 +75,9 @@ async def post_loss(
         body = await read_json_body(request, settings.max_body_bytes)
         started = time.perf_counter()
         if len(body) > _PARSE_ON_LOOP_BYTES:
-            loss_request, arrays = await run_in_threadpool(_parse, body)
+            loss_request, arrays = await run_in_threadpool(_parse, body, settings)
         else:
-            loss_request, arrays = _parse(body)
+            loss_request, arrays = _parse(body, settings)
         request.state.timings["parse"] = time.perf_counter() - started
         metrics.parse_duration.labels("json").observe(request.state.timings["parse"])
         runtime = _model_named(models, loss_request.model)
@@ -93,8 +93,8 @@ async def post_loss(
         return Response(content, media_type="application/json")
 
 
-def _parse(body: bytes) -> tuple[LossRequest, RequestArrays]:
-    request = parse_loss_request(body)
+def _parse(body: bytes, settings: Settings) -> tuple[LossRequest, RequestArrays]:
+    request = parse_loss_request(body, settings.max_pairs_per_request)
     return request, arrays_of(request)
 
 
