@@ -26,7 +26,7 @@ check: $(INSTALLED)  ## Format, lint, types, import rule, README
 
 demo-bundle: $(BUNDLE)/manifest.json  ## Export the demo checkpoint
 
-demo-checkpoint: $(INSTALLED)  ## Train the demo model again: about ten minutes on two cores
+demo-checkpoint: $(INSTALLED)  ## Train the demo model again: under 20 minutes on two cores
 	$(BIN)/python -m seqloss.demo.recipe --output $(CHECKPOINT)
 
 constraints: $(INSTALLED)  ## Pin every dependency anew

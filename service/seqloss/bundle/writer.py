@@ -32,17 +32,17 @@ def new_bundle(output: Path, *, force: bool = False) -> Iterator[Path]:
     """
     refuse_unless_free(output, force=force)
     output.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         # mkdtemp makes its folder private; a bundle is read by whoever may read its parent.
-        folder = workplace / "bundle"
+        folder = temporary / "bundle"
         folder.mkdir()
         yield folder
         if output.exists():
-            output.rename(workplace / "replaced")
+            output.rename(temporary / "replaced")
         folder.rename(output)
     finally:
-        shutil.rmtree(workplace)
+        shutil.rmtree(temporary)
 
 
 def seal(folder: Path, manifest_of: Callable[[dict[str, File]], Manifest]) -> Manifest:

@@ -1,6 +1,6 @@
 """Makes the demo checkpoint: data from CLDR, a BPE tokenizer, a small Marian transformer.
 
-`python -m seqloss.demo.recipe` takes about ten minutes on two CPU cores and writes what `seqloss
+`python -m seqloss.demo.recipe` takes under 20 minutes on two CPU cores and writes what `seqloss
 export` reads: config.json, model.safetensors, tokenizer.json, and CLDR's licence.
 """
 

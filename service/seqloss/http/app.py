@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +36,7 @@ def create_app(
     *,
     registry: CollectorRegistry | None = None,
     load: LoadEngine = load_engine,
+    on_loaded: Callable[[], None] = lambda: None,
     on_fatal: Callable[[Exception], None] = lambda _: None,
 ) -> FastAPI:
     """An application that serves the bundles under their names.
@@ -48,6 +48,7 @@ def create_app(
         settings: limits and sizes.
         registry: where metrics go; None makes one with the process's own metrics in it.
         load: makes an engine of a bundle.
+        on_loaded: called once all models are loaded, or have failed to.
         on_fatal: called when a model cannot be loaded or its engine died; the process should end.
     """
     metrics = Metrics(registry or _process_registry())
@@ -59,7 +60,7 @@ def create_app(
         title="seqloss",
         version=__version__,
         summary="The loss of an encoder-decoder model as a service",
-        lifespan=_lifespan(models),
+        lifespan=_lifespan(models, on_loaded),
         redirect_slashes=False,
         middleware=[
             Middleware(RequestMiddleware, metrics=metrics, on_bug=problems.on_bug),
@@ -79,13 +80,13 @@ def create_app(
 
 
 def _lifespan(
-    models: Mapping[str, LossRuntime],
+    models: Mapping[str, LossRuntime], on_loaded: Callable[[], None]
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # One thread per device: models that share it take turns.
         with ThreadPoolExecutor(1, "seqloss-device") as device_thread:
-            loading = asyncio.create_task(_load_all(models, device_thread))
+            loading = asyncio.create_task(_load_all(models, device_thread, on_loaded))
             app.state.loading = loading
             yield
             loading.cancel()
@@ -95,15 +96,16 @@ def _lifespan(
     return lifespan
 
 
-async def _load_all(models: Mapping[str, LossRuntime], device_thread: ThreadPoolExecutor) -> None:
+async def _load_all(
+    models: Mapping[str, LossRuntime],
+    device_thread: ThreadPoolExecutor,
+    on_loaded: Callable[[], None],
+) -> None:
     for runtime in models.values():
         await runtime.start(device_thread)
         if runtime.engine is not None:
             _LOG.info("model %r is ready on %s", runtime.name, runtime.engine.info.device)
-    # What was loaded stays. Without this, parsing a large body takes three times as long: each of
-    # its many lists brings on collections that walk over all of Torch.
-    gc.collect()
-    gc.freeze()
+    on_loaded()
 
 
 def _process_registry() -> CollectorRegistry:
