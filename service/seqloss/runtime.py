@@ -137,6 +137,8 @@ class LossRuntime:
             self._state, self._reason = "failed", f"the model did not load: {error}"
             self._on_fatal(error)
             return
+        if self._state == "draining":  # a signal came while it was loading
+            return
         limits = BatchingLimits(
             settings.max_batch_tokens, settings.max_batch_pairs, settings.max_queue_tokens
         )

@@ -285,6 +285,11 @@ def test_compressed_bodies_are_read_and_broken_ones_refused(encoding: str, servi
     for broken in (body[:-3], long_body[:-8], body + b"x", b"nonsense", b""):
         response = service.post("/loss", content=broken, headers=headers)
         assert_problem(response, 400, "malformed_body")
+    many = COMPRESSORS[encoding](b" ") * 101
+    problem = assert_problem(
+        service.post("/loss", content=many, headers=headers), 400, "malformed_body"
+    )
+    assert "compress it as one" in problem["detail"]
     bomb = COMPRESSORS[encoding](b" " * 50_000_000)
     assert len(bomb) < 60_000
     small_bomb = COMPRESSORS[encoding](b" " * 1_000_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -275,6 +276,25 @@ def test_a_loading_service_answers_and_is_not_ready(make_client: Any) -> None:
         pass
     assert metric(service, "seqloss_ready", model="fake") == 1
     assert_alive(service)
+
+
+def test_a_model_loaded_while_the_service_shuts_down_stays_unready(make_client: Any) -> None:
+    let_go = threading.Event()
+    engine = FakeEngine()
+
+    def load(*_: Any) -> FakeEngine:
+        assert let_go.wait(30)
+        return engine
+
+    service = make_client({"fake": fake_bundle()}, load=load, wait=False)
+    runtime = service.app.state.models["fake"]
+    service.portal.call(runtime.drain)
+    let_go.set()
+    service.portal.call(asyncio.wait_for, service.app.state.loading, 30)
+    assert "shutting down" in service.get("/health/ready").json()["detail"]
+    assert_problem(service.post("/loss", json=GOOD), 503, "not_ready")
+    service.portal.call(runtime.close)
+    assert engine.closed
 
 
 def test_a_model_that_fails_its_self_test_never_serves(make_client: Any) -> None:

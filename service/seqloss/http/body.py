@@ -12,6 +12,9 @@ from starlette.concurrency import run_in_threadpool
 
 from seqloss.errors import MalformedBodyError, RequestTooLargeError, UnsupportedMediaTypeError
 
+# Each member costs a copy of what follows it: a million empty ones would take hours.
+_MOST_MEMBERS = 100
+
 
 async def read_json_body(request: Request, max_bytes: int) -> bytes:
     """The decompressed body.
@@ -54,7 +57,7 @@ def _too_large(max_bytes: int) -> RequestTooLargeError:
 def _decoded(body: bytes, encoding: str, max_bytes: int) -> bytes:
     """All members or frames of the body, one after the other; a bomb never unfolds."""
     decoded = bytearray()
-    while body or not decoded:
+    for _ in range(_MOST_MEMBERS):
         decoder = _DECODERS[encoding]()
         decoded += decoder.decompress(body, max_bytes + 1 - len(decoded))
         if len(decoded) > max_bytes:
@@ -62,7 +65,11 @@ def _decoded(body: bytes, encoding: str, max_bytes: int) -> bytes:
         if not decoder.eof:
             raise EOFError("it ends too early")
         body = decoder.unused_data
-    return bytes(decoded)
+        if not body:
+            return bytes(decoded)
+    raise MalformedBodyError(
+        f"the body has more than {_MOST_MEMBERS} {encoding} members; compress it as one"
+    )
 
 
 class _Decoder(Protocol):
