@@ -4,8 +4,9 @@ BUNDLE := build/demo
 CHECKPOINT := service/seqloss/demo/checkpoint
 BIN := .venv/bin
 INSTALLED := .venv/installed
+BENCH_ARGS ?=
 
-.PHONY: help serve test check demo-bundle demo-checkpoint constraints clean
+.PHONY: help serve test check bench families demo-bundle demo-checkpoint constraints clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +25,12 @@ check: $(INSTALLED)  ## Format, lint, types, import rule, README
 	$(BIN)/lint-imports
 	$(BIN)/pytest tests/docs
 
+bench: $(INSTALLED)  ## Measure speed and memory; BENCH_ARGS=--help lists its arguments
+	@PYTHONPATH=tests $(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+families: $(INSTALLED)  ## Measure every family's error anew, for the table in the README
+	@PYTHONPATH=tests $(BIN)/python -m benchmarks.families --readme README.md
+
 demo-bundle: $(BUNDLE)/manifest.json  ## Export the demo checkpoint
 
 demo-checkpoint: $(INSTALLED)  ## Train the demo model again: under 20 minutes on two cores
@@ -38,7 +45,7 @@ clean:  ## Remove what make made, the environment too
 	rm -rf .venv build
 
 $(BUNDLE)/manifest.json: $(INSTALLED) $(wildcard $(CHECKPOINT)/*)
-	$(BIN)/seqloss export $(CHECKPOINT) --output $(BUNDLE) --force
+	$(BIN)/seqloss export $(CHECKPOINT) --output $(BUNDLE) --precision float32 --force
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo 'Installing seqloss and what it needs into .venv; this takes a minute or more.'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,12 +15,15 @@ from prometheus_client import CollectorRegistry
 
 from fakes import FakeEngine, fake_bundle
 from seqloss.bundle.reader import Bundle, open_bundle
+from seqloss.engines.base import Engine
 from seqloss.http.app import create_app
 from seqloss.settings import Settings
 from server import Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["KERAS_BACKEND"] = "torch"
+# pytest's log capture would have torch.export write megabytes of its trace.
+logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 ORACLE = SHARED / "oracle" / "aren-transliteration"
@@ -58,7 +62,7 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundl
 
 
 def _export(name: str, folder: Path) -> Bundle:
-    from checkpoints import save_checkpoint
+    from checkpoints import MAIN_FAMILIES, save_checkpoint
     from seqloss.demo import CHECKPOINT
     from seqloss.export.exporter import ExportOptions, export_checkpoint
 
@@ -72,12 +76,41 @@ def _export(name: str, folder: Path) -> Bundle:
         checkpoint, options = ORACLE, ExportOptions(excluded_classes=((43, 93),))
     else:
         checkpoint = save_checkpoint(name, folder / "checkpoint")
+        if name in MAIN_FAMILIES:
+            options = ExportOptions(precisions=("float32", "bfloat16"))
     export_checkpoint(str(checkpoint), folder / "bundle", options)
     return open_bundle(folder / "bundle")
 
 
+class KeptEngine:
+    """An engine that outlives its application: loading one takes seconds."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.info = engine.info
+        self.score = engine.score
+
+    def close(self) -> None:
+        """The next test goes on with it."""
+
+
+@pytest.fixture(scope="session")
+def load_once() -> Callable[..., Engine]:
+    """As `load_engine`, but each engine once per run."""
+    from seqloss.engines.loader import load_engine
+
+    loaded: dict[tuple[Any, ...], Engine] = {}
+
+    def load(bundle: Bundle, *options: Any) -> Engine:
+        key = (bundle.digest, *options)
+        if key not in loaded:
+            loaded[key] = KeptEngine(load_engine(bundle, *options))
+        return loaded[key]
+
+    return load
+
+
 @pytest.fixture
-def make_client() -> Iterator[MakeClient]:
+def make_client(load_once: Callable[..., Engine]) -> Iterator[MakeClient]:
     """Starts an application and waits until its models are loaded, or have failed to.
 
     Without bundles it serves a fake model under the name `fake`; keyword arguments that are
@@ -93,7 +126,7 @@ def make_client() -> Iterator[MakeClient]:
             raise_server_exceptions: bool = False,
             **changes: Any,
         ) -> TestClient:
-            settings = {
+            settings = {"precision": "float32"} | {
                 key: value for key, value in changes.items() if key in Settings.model_fields
             }
             rest = {key: value for key, value in changes.items() if key not in settings}
@@ -101,6 +134,7 @@ def make_client() -> Iterator[MakeClient]:
                 bundles = {"fake": fake_bundle()}
                 fake = engine or FakeEngine()
                 rest.setdefault("load", lambda *_: fake)
+            rest.setdefault("load", load_once)
             app = create_app(bundles, Settings(**settings), registry=CollectorRegistry(), **rest)
             client = stack.enter_context(
                 TestClient(app, raise_server_exceptions=raise_server_exceptions)

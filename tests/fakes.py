@@ -48,6 +48,7 @@ def fake_manifest(**changes: object) -> Manifest:
                 max_error=0.0,
                 mean_error=0.0,
                 tolerance=1e-6,
+                mean_tolerance=1e-6,
             )
         ],
         "self_test": SelfTest(

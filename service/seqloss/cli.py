@@ -1,15 +1,19 @@
-"""`seqloss serve` and `seqloss export`: parse, call, print."""
+"""The command `seqloss`: parse, call, print."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 from seqloss import __version__
+from seqloss.bundle.manifest import EngineName, Precision
 from seqloss.errors import ConfigurationError, SeqlossError
 from seqloss.settings import Settings, load_settings
 
@@ -18,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit status: 0 done, 1 failed while serving, 2 refused.  A signal that ends the service
-        is raised again once it has drained, so that its supervisor sees it.
+        The exit status: 0 done, 1 failed while serving or not verified, 2 refused.  A signal that
+        ends the service is raised again once it has drained, so that its supervisor sees it.
     """
     options = _parser().parse_args(arguments)
     logging.basicConfig(
@@ -34,11 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="seqloss", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="seqloss", description="The loss of an encoder-decoder model as a service."
+    )
     parser.add_argument("--version", action="version", version=f"seqloss {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_serve(commands.add_parser("serve", help="answer POST /loss for one or more bundles"))
+    _add_export(commands.add_parser("export", help="make a bundle of a Hugging Face checkpoint"))
+    _add_verify(commands.add_parser("verify", help="hold a bundle against a checkpoint"))
+    _add_inspect(commands.add_parser("inspect", help="say what is in a bundle"))
+    return parser
 
-    serve = commands.add_parser("serve", help="answer POST /loss for one or more bundles")
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "bundles",
         nargs="+",
@@ -48,14 +60,26 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="where to listen (default: 127.0.0.1)")
     serve.add_argument("--port", help="(default: 8000)")
     serve.add_argument("--device", help="auto, cpu or cuda:N (default: auto)")
+    serve.add_argument(
+        "--precision",
+        help="auto, float32, bfloat16 or float16 (default: auto, the fastest that the device has "
+        "and the bundle holds)",
+    )
     serve.add_argument("--max-batch-tokens", help="padded tokens of a batch (default: 4096)")
     serve.set_defaults(run=_serve)
 
-    export = commands.add_parser("export", help="make a bundle of a Hugging Face checkpoint")
+
+def _add_export(export: argparse.ArgumentParser) -> None:
     export.add_argument("checkpoint", help="a local folder or a hub name")
     export.add_argument("--output", type=Path, required=True, help="the bundle's folder")
-    export.add_argument("--engine", choices=["torch"], default="torch")
-    export.add_argument("--precision", choices=["float32"], default="float32")
+    export.add_argument("--engine", choices=get_args(EngineName), default="torch")
+    export.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        nargs="+",
+        default=["float32", "bfloat16"],
+        help="one graph for each; they share the weights (default: float32 bfloat16)",
+    )
     export.add_argument(
         "--exclude-classes",
         type=_range,
@@ -64,9 +88,53 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIRST[-LAST]",
         help="classes to keep out of the softmax, such as ids that are sources only",
     )
+    export.add_argument(
+        "--decoder-start-token-id",
+        type=int,
+        metavar="ID",
+        help="what the decoder is fed first (default: as the checkpoint says)",
+    )
+    export.add_argument(
+        "--unsafe-float16",
+        action="store_true",
+        help="allow float16 for families that are known to overflow in it",
+    )
     export.add_argument("--force", action="store_true", help="replace a bundle at the output")
     export.set_defaults(run=_export)
-    return parser
+
+
+def _add_verify(verify: argparse.ArgumentParser) -> None:
+    verify.add_argument("bundle", type=Path)
+    verify.add_argument(
+        "--against", required=True, metavar="CHECKPOINT", help="a local folder or a hub name"
+    )
+    verify.add_argument("--device", default="auto", help="auto, cpu or cuda:N (default: auto)")
+    verify.add_argument(
+        "--sources",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="random sources; each gets four targets that are drawn from the model (default: 16)",
+    )
+    verify.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="FILE",
+        help="pairs of your own beside them: a JSON object a line, with source_ids and target_ids",
+    )
+    verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    verify.set_defaults(run=_verify)
+
+
+def _add_inspect(inspect: argparse.ArgumentParser) -> None:
+    inspect.add_argument("bundle", type=Path)
+    inspect.set_defaults(run=_inspect)
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -87,7 +155,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    names = ("host", "port", "device", "max_batch_tokens")
+    names = ("host", "port", "device", "precision", "max_batch_tokens")
     return load_settings(
         **{name: value for name in names if (value := getattr(options, name)) is not None}
     )
@@ -111,30 +179,64 @@ def _named(bundles: Sequence[str]) -> dict[str, Path]:
 
 
 def _export(options: argparse.Namespace) -> int:
-    try:
+    with _needs_export_extra():
         from seqloss.export.exporter import ExportOptions, export_checkpoint
-    except ImportError as error:
-        raise ConfigurationError(
-            f"exporting needs {error.name}: pip install 'seqloss[export]'"
-        ) from error
 
     manifest = export_checkpoint(
         options.checkpoint,
         options.output,
         ExportOptions(
             engine=options.engine,
-            precision=options.precision,
+            precisions=tuple(dict.fromkeys(options.precision)),
             excluded_classes=tuple(options.exclude_classes),
+            decoder_start=options.decoder_start_token_id,
+            unsafe_float16=options.unsafe_float16,
             force=options.force,
         ),
     )
-    graph = manifest.graphs[0]
-    print(
-        f"{options.output}: {manifest.family}, {graph.engine} in {graph.precision}, at most "
-        f"{graph.max_error:.1e} nats per token from transformers ({graph.mean_error:.1e} on "
-        f"average)\nserve it: seqloss serve {options.output}"
-    )
+    print(f"{options.output}: {manifest.family}; nats per token from transformers in float32:")
+    for graph in manifest.graphs:
+        print(
+            f"  {graph.engine} in {graph.precision}: at most {graph.max_error:.1e}, "
+            f"{graph.mean_error:.1e} on average"
+        )
+    print(f"serve it: seqloss serve {options.output}")
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    with _needs_export_extra():
+        from seqloss.export.verify import VerifyOptions, verify_bundle
+    from seqloss.bundle.reader import open_bundle
+
+    verification = verify_bundle(
+        open_bundle(options.bundle),
+        options.against,
+        VerifyOptions(options.device, options.sources, options.pairs),
+    )
+    if options.json:
+        print(json.dumps(verification.as_json(), indent=1, allow_nan=False))
+    else:
+        print(verification.as_text())
+    return 0 if verification.passed else 1
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from seqloss.bundle.inspect import describe
+    from seqloss.bundle.reader import open_bundle
+
+    print(describe(open_bundle(options.bundle)))
+    return 0
+
+
+@contextmanager
+def _needs_export_extra() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigurationError(
+            f"this command needs {error.name}: pip install 'seqloss[export]'"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from seqloss import __version__
 from seqloss.batching.jobs import Outcome
 from seqloss.batching.loop import Batcher
 from seqloss.batching.queues import BatchingLimits
+from seqloss.bundle.manifest import Precision
 from seqloss.bundle.reader import Bundle
 from seqloss.checking.check import Checked, check
 from seqloss.engines.base import Engine
-from seqloss.engines.loader import graph_of, load_engine
+from seqloss.engines.loader import load_engine
 from seqloss.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -41,7 +42,7 @@ _Result = TypeVar("_Result")
 # Checking and reducing take some 20 ns a token or row: at most a millisecond on the event loop.
 _ON_LOOP_SIZE = 50_000
 
-LoadEngine = Callable[[Bundle, str, int | None], Engine]
+LoadEngine = Callable[[Bundle, str, Precision | Literal["auto"], int | None], Engine]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,6 @@ class LossRuntime:
     ) -> None:
         self.name = name
         self.bundle = bundle
-        self.graph = graph_of(bundle)
         self.limits = length_limits(bundle, settings)
         self._settings = settings
         self._metrics = metrics
@@ -131,7 +131,12 @@ class LossRuntime:
         self._device_thread = device_thread
         try:
             self._engine = await loop.run_in_executor(
-                device_thread, self._load, self.bundle, settings.device, settings.torch_threads
+                device_thread,
+                self._load,
+                self.bundle,
+                settings.device,
+                settings.precision,
+                settings.torch_threads,
             )
         except Exception as error:
             self._state, self._reason = "failed", f"the model did not load: {error}"

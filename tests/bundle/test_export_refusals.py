@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 from checkpoints import save_checkpoint
 from seqloss.bundle import graph_policy
@@ -69,6 +74,7 @@ def test_faults_of_configuration_and_weights_are_listed_together(
 
     change_weights(checkpoint, spoil)
     change_config(checkpoint, decoder_start_token_id=None)
+    (checkpoint / "generation_config.json").unlink()
     said = refusal(checkpoint, capsys)
     for fault in (
         "no decoder_start_token_id",
@@ -89,15 +95,15 @@ def test_faults_of_configuration_and_weights_are_listed_together(
                     hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
                 )
             ),
-            "'bert', is not an encoder-decoder",
+            "'bert', is no encoder-decoder",
         ),
         (
-            lambda: T5ForConditionalGeneration(
-                T5Config(
+            lambda: SwitchTransformersForConditionalGeneration(
+                SwitchTransformersConfig(
                     d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
                 )
             ),
-            "'t5', is not supported",
+            "'switch_transformers', is not supported: its experts",
         ),
     ],
 )
@@ -185,7 +191,7 @@ def test_a_pickled_checkpoint_is_read_without_running_it(
     weights = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
     torch.save(weights, checkpoint / "pytorch_model.bin")
-    assert load_checkpoint(str(checkpoint)).family == "bart"
+    assert load_checkpoint(str(checkpoint)).model_type == "bart"
 
     class Hostile:
         def __reduce__(self) -> Any:
@@ -212,4 +218,4 @@ def test_a_hub_name_downloads_configuration_and_one_kind_of_weights(
     loaded = load_checkpoint("someone/something")
     assert loaded.name == "someone/something"
     pattern = "*.safetensors" if weights == "model.safetensors" else "pytorch_model*.bin"
-    assert asked == [("someone/something", ["*.json", pattern])]
+    assert asked == [("someone/something", ["*.json", "*.model", "*.spm", pattern])]

@@ -18,15 +18,18 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from seqloss.bundle import reader
 from seqloss.bundle.graph_archive import checked
 from seqloss.bundle.manifest import MANIFEST_NAME, TERMS_GRAPH, WEIGHTS_NAME, Manifest
 from seqloss.bundle.reader import Bundle, open_bundle
 from seqloss.bundle.writer import seal
 from seqloss.engines.torch_engine import TorchEngine
 from seqloss.errors import BundleError
+from seqloss.records import Batch, Ragged
 
 GRAPH = f"graphs/torch-float32/{TERMS_GRAPH}"
 PROGRAM = "models/model.json"
@@ -120,7 +123,7 @@ def change_json(members: Members, name: str, change: Callable[[Any], None]) -> N
 
 def pickle_a_weight(members: Members, marker: Path) -> None:
     def change(weights: Any) -> None:
-        weights["config"]["output_weight"] |= {"use_pickle": True, "path_name": "weight_9"}
+        weights["config"]["output.weight"] |= {"use_pickle": True, "path_name": "weight_9"}
 
     change_json(members, WEIGHTS, change)
     members["data/weights/weight_9"] = pickle.dumps(Touch(marker))
@@ -248,7 +251,7 @@ def operator_as_an_argument(program: Program, marker: Path) -> None:
 
 @program_attack
 def weight_as_an_output_to_overwrite(program: Program, marker: Path) -> None:
-    output = {"arg": {"name": "neg"}, "parameter_name": "output_weight"}
+    output = {"arg": {"name": "neg"}, "parameter_name": "output.weight"}
     program["graph_module"]["signature"]["output_specs"][0] = {"parameter_mutation": output}
 
 
@@ -394,6 +397,333 @@ def test_all_faults_of_a_program_are_listed(folder: Path, marker: Path) -> None:
 def test_untouched_bundle_passes(folder: Path) -> None:
     bundle = open_bundle(folder)
     TorchEngine(bundle, bundle.manifest.graphs[0], "cpu").close()
+
+
+# ---------------------------------------------------------------- what a graph writes into
+
+FLOAT32 = {"as_scalar_type": 7}
+WEIGHT, INPUT = "p_output_weight", "decoder_input_ids"
+BATCH = Batch(
+    sources=Ragged.from_rows([[3, 1, 4], [1, 5]], np.int32),
+    source_row=np.array([0, 1], np.int32),
+    decoder_input_ids=Ragged.from_rows([[100, 7, 8], [100]], np.int32),
+    labels=np.array([7, 8, 9, 2], np.int32),
+    counted=np.ones(4, np.bool_),
+)
+
+
+def call(target: str, **arguments: Any) -> tuple[str, dict[str, Any]]:
+    """An operator of ATen with its arguments; a text names a tensor, `made` the last one made."""
+    return f"torch.ops.aten.{target}", {
+        name: {"as_tensor": {"name": value}} if isinstance(value, str) else value
+        for name, value in arguments.items()
+    }
+
+
+def with_calls(archive: bytes, *calls: tuple[str, dict[str, Any]]) -> bytes:
+    """The archive with calls in front of its own, whose last result nobody uses."""
+    members = unpacked(archive)
+
+    def change(program: Program) -> None:
+        graph = graph_of(program)
+        nodes, made = [], "made"
+        for index, (target, arguments) in enumerate(calls):
+            given = json.loads(json.dumps(arguments).replace('"made"', json.dumps(made)))
+            made = f"made_{index}"
+            graph["tensor_values"][made] = graph["tensor_values"]["source_ids"]
+            inputs = [{"name": name, "arg": arg, "kind": None} for name, arg in given.items()]
+            nodes.append(
+                {
+                    "target": target,
+                    "inputs": inputs,
+                    "outputs": [{"as_tensor": {"name": made}}],
+                    "metadata": {},
+                    "name": made,
+                    "is_hop_single_tensor_return": None,
+                }
+            )
+        graph["nodes"][:0] = nodes
+
+    change_json(members, PROGRAM, change)
+    return packed(members)
+
+
+def einsum(equation: str, *operands: str) -> tuple[str, dict[str, Any]]:
+    tensors = {"as_tensors": [{"name": name} for name in operands]}
+    return call("einsum.default", equation={"as_string": equation}, tensors=tensors)
+
+
+def losses_of(engine: TorchEngine) -> list[float]:
+    return engine.score(BATCH).target_logprob.tolist()
+
+
+WRITES = {
+    "add_.Tensor": {"other": "made"},
+    "add_.Scalar": {"other": {"as_int": 1}},
+    "sub_.Tensor": {"other": INPUT},
+    "sub_.Scalar": {"other": {"as_float": 0.5}},
+    "mul_.Tensor": {"other": "made"},
+    "mul_.Scalar": {"other": {"as_int": 2}},
+    "div_.Tensor": {"other": "made"},
+    "div_.Scalar": {"other": {"as_int": 2}},
+    "div_.Tensor_mode": {"other": "made", "rounding_mode": {"as_string": "floor"}},
+}
+# What each of these returns lies in the memory of what it is given, or may.
+PASSED_ON = {
+    "to.dtype": call("to.dtype", self="made", dtype=FLOAT32),
+    "to.dtype_layout": call("to.dtype_layout", self="made", dtype=FLOAT32),
+    "to.other": call("to.other", self="made", other="made"),
+    "contiguous": call("contiguous.default", self="made"),
+    "type_as": call("type_as.default", self="made", other="made"),
+}
+VIEWS = {
+    "alias": call("alias.default", self="made"),
+    "detach": call("detach.default", self="made"),
+    "detach_": call("detach_.default", self="made"),
+    "view": call("view.default", self="made", size={"as_ints": [-1]}),
+    "view_as": call("view_as.default", self="made", other="made"),
+    "reshape": call("reshape.default", self="made", shape={"as_ints": [-1]}),
+    "flatten": call("flatten.using_ints", self="made"),
+    "expand_as": call("expand_as.default", self="made", other="made"),
+    "t": call("t.default", self="made"),
+    "transpose": call("transpose.int", self="made", dim0={"as_int": 0}, dim1={"as_int": 1}),
+    "permute": call("permute.default", self="made", dims={"as_ints": [1, 0]}),
+    "numpy_T": call("numpy_T.default", self="made"),
+    "select": call("select.int", self="made", dim={"as_int": 0}, index={"as_int": 0}),
+    "slice": call("slice.Tensor", self="made"),
+    "squeeze": call("squeeze.default", self="made"),
+    "unsqueeze": call("unsqueeze.default", self="made", dim={"as_int": 0}),
+    "dropout": call("dropout.default", input="made", p={"as_float": 0.5}, train={"as_bool": False}),
+    "einsum_of_one": einsum("ab", "made"),
+}
+
+
+def begun_with(name: str, *calls: tuple[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The first of the calls is given a tensor of the graph."""
+    target, arguments = calls[0]
+    return [(target, json.loads(json.dumps(arguments).replace('"made"', f'"{name}"'))), *calls[1:]]
+
+
+@pytest.fixture
+def archive(bundle_of: Callable[[str], Bundle]) -> bytes:
+    return (bundle_of("marian").folder / GRAPH).read_bytes()
+
+
+@pytest.mark.parametrize("name", [WEIGHT, INPUT])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_into_a_weight_or_an_input_is_refused(
+    write: str, name: str, archive: bytes
+) -> None:
+    operator = write.partition(".")[0]
+    calls = begun_with(name, call(write, self="made", **WRITES[write]))
+    with pytest.raises(BundleError) as caught:
+        checked(with_calls(archive, *calls))
+    assert f"writes with {operator!r} into what the graph did not make" in text_of(caught.value)
+
+
+@pytest.mark.parametrize("between", PASSED_ON | VIEWS)
+def test_a_write_into_what_may_be_a_weight_is_refused(between: str, archive: bytes) -> None:
+    write = call("add_.Scalar", self="made", other={"as_int": 1})
+    calls = begun_with(WEIGHT, (PASSED_ON | VIEWS)[between], write)
+    with pytest.raises(BundleError):
+        checked(with_calls(archive, *calls))
+
+
+@pytest.mark.parametrize("between", PASSED_ON)
+def test_what_is_passed_on_twice_is_no_newer(between: str, archive: bytes) -> None:
+    calls = begun_with(
+        WEIGHT,
+        VIEWS["alias"],
+        PASSED_ON[between],
+        PASSED_ON["to.dtype"],
+        call("add_.Scalar", self="made", **WRITES["add_.Scalar"]),
+    )
+    with pytest.raises(BundleError, match="cannot be trusted"):
+        checked(with_calls(archive, *calls))
+
+
+@pytest.mark.parametrize("between", ["to.dtype", "alias", "einsum_of_one"])
+def test_such_writes_are_real_without_the_check(
+    between: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request changes the weights, and with them the losses of the next one."""
+    passed_on = (PASSED_ON | VIEWS)[between]
+    calls = begun_with(WEIGHT, passed_on, call("mul_.Scalar", self="made", other={"as_int": -2}))
+    (folder / GRAPH).write_bytes(with_calls((folder / GRAPH).read_bytes(), *calls))
+    reseal(folder)
+    monkeypatch.setattr(reader, "checked", lambda content: content)
+    bundle = open_bundle(folder)
+    engine = TorchEngine(bundle, bundle.manifest.graphs[0], "cpu")
+    assert losses_of(engine) != losses_of(engine)
+
+
+FRESH = {
+    "lift_fresh_copy": [call("lift_fresh_copy.default", self=WEIGHT)],
+    "einsum": [einsum("ab,cb->ac", WEIGHT, WEIGHT)],
+    "clone, passed on": [call("clone.default", self=WEIGHT), *PASSED_ON.values()],
+}
+
+
+INTO_THE_FRESH = [
+    call("add_.Scalar", self="made", other={"as_int": 1}),
+    call("mul_.Scalar", self="made", other={"as_int": -2}),
+    call("sub_.Tensor", self="made", other="made"),
+    call("div_.Scalar", self="made", other={"as_int": 3}),
+]
+
+
+@pytest.mark.parametrize("fresh", FRESH)
+def test_a_write_into_what_the_graph_made_passes(fresh: str, archive: bytes) -> None:
+    checked(with_calls(archive, *FRESH[fresh], *INTO_THE_FRESH))
+
+
+def test_writes_into_what_the_graph_made_change_no_weight(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    untouched = TorchEngine(bundle, bundle.manifest.graphs[0], "cpu")
+    writes = [one for fresh in FRESH.values() for one in (*fresh, *INTO_THE_FRESH)]
+    (folder / GRAPH).write_bytes(with_calls((folder / GRAPH).read_bytes(), *writes))
+    reseal(folder)
+    bundle = open_bundle(folder)
+    engine = TorchEngine(bundle, bundle.manifest.graphs[0], "cpu")
+    assert losses_of(engine) == losses_of(engine) == losses_of(untouched)
+
+
+def test_writing_into_the_fresh_does_not_let_a_view_of_a_weight_pass(archive: bytes) -> None:
+    """Neither an operand that is new nor a name that was used before makes a tensor new."""
+    write = call("add_.Scalar", self="made", other={"as_int": 1})
+    clone = call("clone.default", self=WEIGHT)
+    for view in (
+        call("type_as.default", self=WEIGHT, other="made"),
+        call("to.other", self=WEIGHT, other="made"),
+        call("view_as.default", self=WEIGHT, other="made"),
+    ):
+        with pytest.raises(BundleError) as caught:
+            checked(with_calls(archive, clone, view, write))
+        assert "writes with 'add_'" in text_of(caught.value)
+
+
+def test_a_name_is_made_once(folder: Path) -> None:
+    """Were a name made anew and then a view's, a write into the view would pass for one into it."""
+    write = call("mul_.Scalar", self="made_0", other={"as_int": -2})
+    archive = with_calls(
+        (folder / GRAPH).read_bytes(),
+        call("clone.default", self=WEIGHT),
+        call("alias.default", self=WEIGHT),
+        write,
+    )
+    members = unpacked(archive)
+
+    def rename(program: Program) -> None:
+        alias = graph_of(program)["nodes"][1]
+        alias["outputs"] = [{"as_tensor": {"name": "made_0"}}]
+
+    change_json(members, PROGRAM, rename)
+    (folder / GRAPH).write_bytes(packed(members))
+    refusal(folder)
+
+
+# ---------------------------------------------------------------- texts that operators are given
+
+
+@pytest.mark.parametrize("equation", ["ab,cb->ac", "ab,ab->a", "abcd,ecd->abe"])
+def test_an_equation_of_two_operands_passes(equation: str, archive: bytes) -> None:
+    checked(with_calls(archive, einsum(equation, WEIGHT, WEIGHT)))
+
+
+def test_an_equation_stays_a_text(archive: bytes) -> None:
+    equation = "...ab,cb->...ac"
+    passed = checked(with_calls(archive, einsum(equation, WEIGHT, WEIGHT)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = torch.export.load(io.BytesIO(passed)).graph_module.code
+    assert f"einsum.default({equation!r}, " in source
+    assert source.count(equation) == 1
+
+
+@pytest.mark.parametrize(
+    "equation",
+    [
+        "ab",  # of one operand: a view of it
+        "",
+        "a",
+        "ab->ba",
+        "...ab->...ba",
+        "ab,bc",
+        "ab,bc->",
+        "ab,bc,cd->ad",
+        "ab,cb->ac\n",
+        "ab,\ncb->ac",
+        "\nab,cb->ac",
+        "ab, cb -> ac",
+        "AB,CB->AC",
+        "ab,c.b->ac",
+        "ab,cb->ac'",
+        "ab,cb->ac);exec(1",
+        "__import__('os')",
+        "__import__",
+        "é,b->b",
+        "abcdefghi,b->b",
+    ],
+)
+def test_another_equation_is_refused(equation: str, archive: bytes) -> None:
+    with pytest.raises(BundleError):
+        checked(with_calls(archive, einsum(equation, WEIGHT)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a.b", "a,b", "a->b", "...", "torch.load", "a,b->c,d", "a,b->c.d", "a,b->c ", "a,b->c\n", "'"],
+)
+def test_a_text_argument_carries_no_punctuation_but_an_equation(text: str, archive: bytes) -> None:
+    divided = call("div.Tensor_mode", self=WEIGHT, other=WEIGHT, rounding_mode={"as_string": text})
+    with pytest.raises(BundleError) as caught:
+        checked(with_calls(archive, divided))
+    assert "in as_string" in text_of(caught.value)
+
+
+@pytest.mark.parametrize("place", ["name", "as_tensor", "class_fqn", "as_strings"])
+def test_an_equation_is_a_text_in_no_other_place(place: str, archive: bytes) -> None:
+    members = unpacked(archive)
+    change_json(
+        members, PROGRAM, lambda program: graph_of(program)["nodes"][0].update({place: "a,b->c"})
+    )
+    with pytest.raises(BundleError) as caught:
+        checked(packed(members))
+    assert f"has the text 'a,b->c' in {place}" in text_of(caught.value)
+
+
+def padding(mode: str, *sizes: int) -> list[tuple[str, dict[str, Any]]]:
+    """Pads zeros of the shape (1, 2, 8)."""
+    zeros = call(
+        "zeros.default",
+        size={"as_ints": [1, 2, 8]},
+        dtype=FLOAT32,
+        device={"as_device": {"type": "cpu", "index": None}},
+    )
+    return [
+        zeros,
+        call("pad.default", self="made", pad={"as_ints": list(sizes)}, mode={"as_string": mode}),
+    ]
+
+
+def test_padding_with_a_constant_passes(archive: bytes) -> None:
+    checked(with_calls(archive, *padding("constant", 1, 2)))
+
+
+def test_padding_in_circles_is_refused(archive: bytes) -> None:
+    """It copies memory that nobody wrote: what other requests had left there could be read."""
+    with pytest.raises(BundleError):
+        checked(with_calls(archive, *padding("circular", 8, -7)))
+
+
+def test_padding_in_circles_reads_what_nobody_wrote() -> None:
+    """Torch fills new memory with NaN where it is asked to be deterministic."""
+    torch.use_deterministic_algorithms(mode=True)
+    try:
+        read = torch.ops.aten.pad.default(torch.zeros(1, 2, 8), [8, -7], "circular")
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    assert read.isnan().any()
 
 
 # ---------------------------------------------------------------- the archive

@@ -17,6 +17,7 @@ import pytest
 
 from seqloss import __version__
 from seqloss.demo.greeting import example_request
+from seqloss.export.families import FAMILIES, REFUSED
 from seqloss.http.schemas import LossReply, LossRequest
 from server import Server
 
@@ -102,11 +103,29 @@ def test_python_prints_losses_and_errors(address: str, capsys: pytest.CaptureFix
     assert error.startswith("1 token_out_of_range target 1 has the id 99999 at position 3")
 
 
-def test_export_and_serve_work_as_shown(tmp_path: Path, serve: Callable[..., Server]) -> None:
-    (export,) = commands("seqloss export")
-    _, *arguments = shlex.split(export.replace("build/my-bundle", str(tmp_path / "bundle")))
+def test_recipes_for_languages_are_requests() -> None:
+    recipes = [text for block, text in BLOCKS if block == "jsonc"]
+    assert len(recipes) == 2
+    for recipe in recipes:
+        LossRequest.model_validate_json(recipe)
+
+
+def test_the_table_of_models_names_every_family() -> None:
+    table = README.partition("<!-- families -->")[2].partition("<!-- /families -->")[0]
+    _, *rows = re.findall(r"^\| .* \| `([\w-]+)` \| (.*?) \|", table, re.MULTILINE)
+    assert {name for name, cell in rows if not cell.startswith("no: ")} == FAMILIES.keys()
+    assert {name: cell for name, cell in rows if cell.startswith("no: ")} == {
+        name: f"no: {refusal.reason}" for name, refusal in REFUSED.items()
+    }
+    assert all(float(cell) <= 2e-5 for _, cell in rows if not cell.startswith("no: "))
+
+
+def test_commands_on_bundles_work_as_shown(tmp_path: Path, serve: Callable[..., Server]) -> None:
     seqloss = [sys.executable, "-m", "seqloss.cli"]
-    subprocess.run([*seqloss, *arguments], check=True, cwd=ROOT, capture_output=True)
+    for program in ("seqloss export", "seqloss inspect", "seqloss verify"):
+        (command,) = commands(program)
+        _, *arguments = shlex.split(command.replace("build/my-bundle", str(tmp_path / "bundle")))
+        subprocess.run([*seqloss, *arguments], check=True, cwd=ROOT, capture_output=True)
     (command,) = commands("seqloss serve")
     command = command.replace("build/my-bundle", str(tmp_path / "bundle"))
     named = shlex.split(command)[2]

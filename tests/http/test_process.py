@@ -90,7 +90,8 @@ def test_wrong_numbers_end_the_process(serve: Serve, bundle_of: Any, tmp_path: P
     """A device that does not compute what the bundle states must not serve."""
     bundle = bundle_of("marian")
     nll = bundle.manifest.self_test.token_nlls[0][0]
-    server = serve(str(changed_copy(bundle, tmp_path / "b", repr(nll), repr(nll + 0.01))))
+    changed = changed_copy(bundle, tmp_path / "b", repr(nll), repr(nll + 0.01))
+    server = serve(str(changed), "--precision", "float32")
     assert server.exit_status() == 1
     assert "self-test" in server.log
     assert "is ready" not in server.log

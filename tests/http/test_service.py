@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_bad_requests import GOOD, assert_alive, assert_problem, poisoned
 
 from fakes import START, FakeEngine, fake_bundle, fake_nll
+from seqloss.bundle.manifest import Languages
 from seqloss.errors import EngineDeadError, OutOfMemoryError, SelfTestError
 from seqloss.http.schemas import LossReply
 from seqloss.records import Batch
@@ -269,11 +270,15 @@ def test_a_loading_service_answers_and_is_not_ready(make_client: Any) -> None:
     assert_problem(response, 503, "not_ready")
     assert response.headers["retry-after"] == "1"
     assert service.get("/health/live").json() == {"status": "live"}
-    assert service.get("/models").json()["models"][0]["state"] == "loading"
+    (model,) = service.get("/models").json()["models"]
+    assert model["state"] == "loading"
+    assert model["engine"] is model["device"] is model["precision"] is None
+    assert [graph["precision"] for graph in model["graphs"]] == ["float32"]
     assert metric(service, "seqloss_ready", model="fake") == 0
     let_go.set()
     while service.get("/health/ready").status_code != 200:
         pass
+    assert service.get("/models/fake").json()["precision"] == "float32"
     assert metric(service, "seqloss_ready", model="fake") == 1
     assert_alive(service)
 
@@ -445,6 +450,38 @@ def test_models_say_what_is_served(client: Any) -> None:
     assert (model["engine"], model["device"], model["precision"]) == ("torch", "cpu", "float32")
     assert (model["decoder_start_token_id"], model["num_classes"]) == (START, 50)
     assert (model["max_source_tokens"], model["max_target_tokens"]) == (12, 12)
+    assert model["graphs"] == [
+        {"engine": "torch", "precision": "float32", "max_error": 0.0, "mean_error": 0.0}
+    ]
+    assert model["languages"] is None
+
+
+def test_models_list_all_graphs_with_their_errors(make_client: Any) -> None:
+    errors = {"float32": (1e-6, 2e-7), "bfloat16": (0.125, 0.03), "float16": (0.01, 0.002)}
+    (graph,) = fake_bundle().manifest.graphs
+    graphs = [
+        graph.model_copy(update={"precision": precision, "max_error": largest, "mean_error": mean})
+        for precision, (largest, mean) in errors.items()
+    ]
+    service = make_client({"fake": fake_bundle(graphs=graphs)}, load=lambda *_: FakeEngine())
+    model = service.get("/models/fake").json()
+    assert {
+        shown["precision"]: (shown["max_error"], shown["mean_error"]) for shown in model["graphs"]
+    } == errors
+    assert [shown["engine"] for shown in model["graphs"]] == ["torch"] * 3
+    assert model["precision"] == "float32", "what runs, of all that it holds"
+
+
+def test_models_list_their_languages(make_client: Any) -> None:
+    ids = {"de_DE": 40, "en_XX": 41}
+    languages = Languages(ids=ids, source="last", target="decoder_start")
+    bundles = {"many": fake_bundle(languages=languages), "one": fake_bundle()}
+    service = make_client(bundles, load=lambda *_: FakeEngine())
+    shown = {model["name"]: model["languages"] for model in service.get("/models").json()["models"]}
+    assert shown == {
+        "many": {"ids": ids, "source": "last", "target": "decoder_start"},
+        "one": None,
+    }
 
 
 def test_metrics_count_what_was_done(client: Any) -> None:

@@ -28,8 +28,15 @@ class Reference:
 def reference(
     model: PreTrainedModel, source: list[int], decoder_input_ids: list[int], target: list[int]
 ) -> Reference:
+    sources, fed = torch.tensor([source]), torch.tensor([decoder_input_ids])
     logits = (
-        model(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([decoder_input_ids]))
+        model(
+            **_given(model, model.get_encoder(), sources),
+            **_given(model, model.get_decoder(), fed, "decoder_"),
+            attention_mask=torch.ones_like(sources),
+            decoder_attention_mask=torch.ones_like(fed),
+            use_cache=False,
+        )
         .logits[0]
         .double()
     )
@@ -44,8 +51,22 @@ def reference(
     )
 
 
-def random_pairs(seed: int, vocabulary: int, longest: int, **ids: int) -> dict[str, Any]:
-    """24 targets for 10 sources, of all lengths from 1 on, special ids inside the data."""
+def _given(
+    model: PreTrainedModel, part: Any, ids: torch.Tensor, prefix: str = ""
+) -> dict[str, torch.Tensor]:
+    """Ids, or their embeddings where the family would count positions by `ids != pad`."""
+    if model.config.model_type in ("m2m_100", "encoder-decoder"):
+        return {f"{prefix}inputs_embeds": part.get_input_embeddings()(ids)}
+    return {f"{prefix}input_ids": ids}
+
+
+def random_pairs(
+    seed: int, vocabulary: int, longest: int, *, absent: int | None = None, **ids: int
+) -> dict[str, Any]:
+    """24 targets for 10 sources, of all lengths from 1 on, special ids inside the data.
+
+    The id `absent`, where one is given, is not in it.
+    """
     generator = np.random.default_rng(seed)
 
     def rows(count: int) -> list[list[int]]:
@@ -53,6 +74,7 @@ def random_pairs(seed: int, vocabulary: int, longest: int, **ids: int) -> dict[s
         made = [generator.integers(vocabulary, size=length) for length in lengths]
         for row in made:  # pad, start and end ids are ids like all others
             row[generator.random(len(row)) < 0.2] = generator.choice(list(ids.values()))
+            row[row == absent] = 0
         return [row.tolist() for row in made]
 
     return {

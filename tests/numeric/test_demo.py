@@ -124,7 +124,7 @@ def test_the_greeting_tells_right_from_wrong(make_client: Any, bundle_of: Any) -
 def test_the_recipe_makes_a_checkpoint_that_can_be_exported(tmp_path: Any) -> None:
     tiny = Recipe(num_pairs=300, steps=2, batch_pairs=8, vocabulary=300)
     make_checkpoint(tiny, tmp_path)
-    assert load_checkpoint(str(tmp_path)).family == "marian"
+    assert load_checkpoint(str(tmp_path)).model_type == "marian"
     config = json.loads((tmp_path / "config.json").read_text())
     shipped = json.loads((CHECKPOINT / "config.json").read_text())
     changed = {name for name in config if config[name] != shipped[name]}

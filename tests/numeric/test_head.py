@@ -13,10 +13,20 @@ TOLERANCE = 2e-5
 
 
 def naive_terms(
-    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, excluded: list[int]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    excluded: list[int],
+    *,
+    softcap: float | None = None,
+    tie: float = TOLERANCE,
 ) -> dict[str, Tensor]:
     """From the full logits matrix, in float64; `rank` as the ranks that rounding allows."""
-    logits = hidden.double() @ weight.double().T + bias.double()
+    logits = hidden.double() @ weight.double().T
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    logits = logits + bias.double()
     kept = [index for index in range(len(weight)) if index not in excluded]
     target = logits.gather(-1, labels[:, None])
     logits = logits[:, kept]
@@ -25,8 +35,8 @@ def naive_terms(
         "target_logprob": (target - logits.logsumexp(-1, keepdim=True))[:, 0],
         "mean_logprob": logprobs.mean(-1),
         "entropy": -(logprobs.exp() * logprobs).sum(-1),
-        "least_rank": (logits > target + TOLERANCE).sum(-1),
-        "largest_rank": (logits > target - TOLERANCE).sum(-1) - 1,
+        "least_rank": (logits > target + tie).sum(-1),
+        "largest_rank": (logits > target - tie).sum(-1) - 1,
     }
 
 
@@ -132,6 +142,103 @@ def test_an_entropy_near_zero_keeps_its_digits_when_the_target_is_unlikely(
     assert (target_logprob[sure] < -20).all()
     assert (entropy - expected["entropy"])[sure].abs().max() <= 5e-6
     assert (entropy >= 0).all()
+
+
+@pytest.mark.parametrize("excluded", [[], [*range(40, 101), 7]])
+@pytest.mark.parametrize(("vocabulary_block", "token_block"), [(2048, 1024), (10, 8), (1, 37)])
+@pytest.mark.parametrize("softcap", [2.0, 12.0, 1000.0])
+def test_a_softcap_is_that_of_the_full_logits(
+    softcap: float, vocabulary_block: int, token_block: int, excluded: list[int]
+) -> None:
+    hidden, weight, bias, labels = random_head(101, 37, scale=2.0)
+    if excluded:
+        labels = torch.arange(37) % 32 + 8
+    expected = naive_terms(hidden, weight, bias, labels, excluded, softcap=softcap)
+    uncapped = naive_terms(hidden, weight, bias, labels, excluded)
+    difference = (uncapped["target_logprob"] - expected["target_logprob"]).abs().max()
+    assert difference > 100 * TOLERANCE, "the test needs logits that the softcap changes"
+    target_logprob, mean_logprob, rank, entropy = token_terms(
+        hidden,
+        output_projection(weight, bias, excluded)._replace(softcap=softcap),
+        labels,
+        with_ranks_and_entropies=True,
+        vocabulary_block=vocabulary_block,
+        token_block=token_block,
+    )
+    tolerance = 2 * TOLERANCE  # as for other logits, by their scale
+    assert (target_logprob - expected["target_logprob"]).abs().max() <= tolerance
+    assert (mean_logprob - expected["mean_logprob"]).abs().max() <= tolerance
+    assert (entropy - expected["entropy"]).abs().max() <= tolerance
+    assert (rank >= expected["least_rank"]).all()
+    assert (rank <= expected["largest_rank"].clamp(min=0)).all()
+
+
+@pytest.mark.parametrize("excluded", [[], [*range(40, 101), 7]])
+@pytest.mark.parametrize("softcap", [None, 12.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_off_by_the_rounding_of_16_bits(
+    dtype: torch.dtype, softcap: float | None, excluded: list[int]
+) -> None:
+    """Products are of hidden states rounded to 16 bits, and are rounded to 16 bits themselves.
+
+    Each moves a logit by half a unit in the last place at most: of every one of its products the
+    former, of their sum the latter.  A softcap is no steeper than the line.  Both the target's
+    logit and a logsumexp, or any mean of logits, are off by no more than the worst logit.
+    """
+    hidden, weight, bias, labels = random_head(101, 37)
+    if excluded:
+        labels = torch.arange(37) % 32 + 8
+    weight = weight.to(dtype)
+    products = hidden.abs().double() @ weight.abs().double().T
+    logits = hidden.double() @ weight.double().T
+    unit = torch.finfo(dtype).eps / 2
+    off = 1.01 * float((unit * (products + logits.abs())).max()) + TOLERANCE
+    assert off < 0.4, "the test needs a bound that says something"
+    expected = naive_terms(hidden, weight, bias, labels, excluded, softcap=softcap, tie=off)
+    projection = output_projection(weight, bias, excluded)._replace(softcap=softcap)
+    terms = [
+        token_terms(
+            hidden,
+            projection,
+            labels,
+            with_ranks_and_entropies=True,
+            vocabulary_block=vocabulary_block,
+            token_block=token_block,
+        )
+        for vocabulary_block, token_block in [(2048, 1024), (10, 8), (1, 37)]
+    ]
+    target_logprob, mean_logprob, rank, entropy = terms[0]
+    assert all(term.dtype == torch.float32 for term in (target_logprob, mean_logprob, entropy))
+    assert (target_logprob <= 0).all()
+    assert (target_logprob - expected["target_logprob"]).abs().max() <= off
+    assert (mean_logprob - expected["mean_logprob"]).abs().max() <= 2 * off
+    # Its derivative by a logit is p (log p + entropy): by all of them, at most twice the entropy.
+    assert ((entropy - expected["entropy"]).abs() <= off * (2 * expected["entropy"] + 1)).all()
+    assert (rank >= expected["least_rank"]).all()
+    assert (rank <= expected["largest_rank"].clamp(min=0)).all()
+
+    # The body of a 16-bit graph is summed in float32; blocks change the order, and now and then
+    # the last bit of a rounded product.
+    bit = 2 * unit * float(logits.abs().max())
+    for others in terms[1:]:
+        assert (others[0] <= 0).all()
+        for one, other in zip((target_logprob, mean_logprob), others[:2], strict=True):
+            assert (one - other).abs().max() <= bit
+            assert (one - other).abs().mean() <= bit / 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 100.0])
+def test_no_loss_is_negative_in_16_bits(dtype: torch.dtype, softcap: float | None) -> None:
+    hidden, weight, bias, _ = random_head(300, 1000, scale=5.0)
+    labels = (hidden @ weight.T + bias).argmax(-1)
+    projection = output_projection(weight.to(dtype), bias, [])._replace(softcap=softcap)
+    target_logprob, _, _, entropy = token_terms(
+        hidden, projection, labels, with_ranks_and_entropies=True
+    )
+    assert (target_logprob <= 0).all()
+    assert (entropy >= 0).all()
+    assert (target_logprob > -1e-3).any(), "the test needs tokens near certainty"
 
 
 def test_terms_without_ranks_are_the_same_bits() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 # Anything that could be Python source needs a character that is not in here. Dots would make a
 # name in the generated source an attribute to assign, so names of nodes and inputs have none.
 _NAME = re.compile(r"[A-Za-z0-9_]{0,256}")
+_EQUATION = re.compile(r"(\.{3})?[a-z]{1,8},(\.{3})?[a-z]{1,8}->(\.{3})?[a-z]{1,8}")  # of einsum
 _PLAIN_TEXT = re.compile(r"[A-Za-z0-9_.+\-]{0,256}")
 _PLACES_OF_PLAIN_TEXT = frozenset(
     {"parameter_name", "buffer_name", "fqn", "torch_version", "as_float"}  # "-Infinity" is a float
@@ -38,18 +39,18 @@ _LARGEST_SYMBOLIC_POWER = 4
 # process, or memory outside its arguments.
 _ATEN = frozenset(
     """
-    _assert_tensor_metadata __and__ __or__ _to_copy abs add addmm alias all any arange
-    argmax baddbmm bitwise_and bitwise_not bitwise_or bmm cat chunk clamp clamp_max
-    clamp_min clone concat contiguous conv1d cos cumsum detach_ detach div dropout embedding
-    eq erf exp expand expand_as expm1 fill fill_ flatten floor_divide full
-    full_like gather ge gelu gt index index_add index_select layer_norm le linear log log1p
-    log_softmax logical_and logical_not logical_or logsumexp lt masked_fill masked_fill_
-    matmul max maximum mean min minimum mm mul ne neg new_full new_ones new_zeros numpy_T
-    ones ones_like permute pow relu relu_ remainder repeat reshape rms_norm rsqrt rsub
-    scalar_tensor scaled_dot_product_attention scatter scatter_ select sigmoid silu silu_
-    sin slice softmax softplus split split_with_sizes sqrt squeeze stack sub sum sym_numel
-    sym_size sym_stride t tanh to transpose tril triu type_as unbind unflatten unsqueeze
-    view view_as where zeros zeros_like
+    _assert_tensor_metadata __and__ __or__ _to_copy abs add add_ addmm alias all any arange argmax
+    baddbmm bitwise_and bitwise_not bitwise_or bmm cat chunk clamp clamp_max clamp_min clone
+    concat contiguous conv1d cos cumsum detach_ detach div div_ dropout einsum embedding eq erf
+    exp expand expand_as expm1 fill fill_ flatten floor floor_divide full full_like gather ge gelu
+    gt index index_add index_select layer_norm le lift_fresh_copy linear log log1p log_softmax
+    logical_and logical_not logical_or logsumexp lt masked_fill masked_fill_ matmul max maximum
+    mean min minimum mm mul mul_ ne neg new_full new_ones new_zeros numpy_T ones ones_like pad
+    permute pow relu relu_ remainder repeat reshape rms_norm rsqrt rsub scalar_tensor
+    scaled_dot_product_attention scatter scatter_ select sigmoid silu silu_ sin slice softmax
+    softplus split split_with_sizes sqrt squeeze stack sub sub_ sum sym_numel sym_size sym_stride
+    t tanh to transpose tril triu type_as unbind unflatten unsqueeze view view_as where zeros
+    zeros_like
     """.split()
 )
 # An operator's other attributes are its variants that write into an `out`, TorchScript's of texts
@@ -65,12 +66,17 @@ _OVERLOADS = frozenset(
 # where one request would leave something behind for the next one to read.
 _NEW = frozenset(
     """
-    add addmm arange baddbmm bmm cat clone conv1d div embedding full full_like gelu index_select
-    layer_norm linear matmul mm mul neg new_full new_ones new_zeros ones ones_like relu rms_norm
-    scatter silu softmax stack sub tanh where zeros zeros_like
+    add addmm arange baddbmm bmm cat clone conv1d div einsum embedding full full_like gelu
+    index_select layer_norm lift_fresh_copy linear matmul mm mul neg new_full new_ones new_zeros
+    ones ones_like relu rms_norm scatter silu softmax stack sub tanh where zeros zeros_like
     """.split()
 )
-_IN_PLACE = frozenset({"fill_", "masked_fill_", "relu_", "scatter_", "silu_"})
+# What these return is new where what they are given is.
+_PASS_ON = frozenset({"contiguous", "to", "type_as"})
+_IN_PLACE = frozenset("add_ div_ fill_ masked_fill_ mul_ relu_ scatter_ silu_ sub_".split())
+_NOT_GIVEN = {"as_none": True}
+_FLOOR = {"as_string": "floor"}
+_ROUNDINGS = (_FLOOR, _NOT_GIVEN)
 _OPERATOR = frozenset(
     """
     add eq floordiv ge getitem gt le lt mod mul ne neg pow sub
@@ -106,17 +112,37 @@ def _effect_faults(module: dict[str, Any]) -> list[str]:
     for node in module["graph"]["nodes"]:
         operator = str(node["target"]).removeprefix("torch.ops.aten.").partition(".")[0]
         given = {argument["name"]: argument["arg"] for argument in node["inputs"]}
-        faults += [
-            f"moves a tensor by {name}, which leaves memory of others to be read"
-            for name in ("non_blocking", "pin_memory")
-            if given.get(name, {"as_none": True}) not in ({"as_bool": False}, {"as_none": True})
-        ]
-        if operator in _IN_PLACE and given["self"].get("as_tensor", {}).get("name") not in new:
+        faults += _argument_faults(operator, given)
+        on_new = given.get("self", {}).get("as_tensor", {}).get("name") in new
+        if operator in _IN_PLACE and not on_new:
             faults.append(f"writes with {operator!r} into what the graph did not make")
-        if operator in _IN_PLACE | _NEW:
+        if operator in _IN_PLACE | _NEW or (operator in _PASS_ON and on_new):
             new |= {
                 output["as_tensor"]["name"] for output in node["outputs"] if "as_tensor" in output
             }
+    return faults
+
+
+def _argument_faults(operator: str, given: dict[str, Any]) -> list[str]:
+    """What an allowed operator may still not be told to do."""
+    faults = [
+        f"moves a tensor by {name}, which leaves memory of others to be read"
+        for name in ("non_blocking", "pin_memory")
+        if given.get(name, _NOT_GIVEN) not in ({"as_bool": False}, _NOT_GIVEN)
+    ]
+    if operator == "einsum":
+        # With one operand, or without an arrow, its result may be a view of a weight.
+        equation = given["equation"].get("as_string", "")
+        if not _EQUATION.fullmatch(equation) or len(given["tensors"].get("as_tensors", ())) != 2:
+            faults.append(f"has an einsum {equation[:80]!r}, which is not one of two operands")
+    elif any(_EQUATION.fullmatch(text.get("as_string", "")) for text in given.values()):
+        faults.append(f"gives {operator!r} an equation")
+    if operator == "pad" and given["mode"] != {"as_string": "constant"}:
+        # Padding in circles copies memory that nobody wrote, where one side is cut off.
+        faults.append("pads with something else than a constant")
+    if operator in ("div", "div_") and given.get("rounding_mode", _FLOOR) not in _ROUNDINGS:
+        # Truncating the least integer by -1 ends the process.
+        faults.append("rounds a quotient towards 0")
     return faults
 
 
@@ -134,12 +160,15 @@ def _walk(value: Any, place: str, faults: list[str]) -> None:
     elif isinstance(value, list):
         for item in value:
             _walk(item, place, faults)
-    elif isinstance(value, str) and not _text_of(place).fullmatch(value):
+    elif isinstance(value, str) and not _is_plain(place, value):
         faults.append(f"has the text {value[:80]!r} in {place}")
 
 
-def _text_of(place: str) -> re.Pattern[str]:
-    return _PLAIN_TEXT if place in _PLACES_OF_PLAIN_TEXT else _NAME
+def _is_plain(place: str, text: str) -> bool:
+    # Which operator it belongs to is seen to by `_argument_faults`.
+    if place == "as_string" and _EQUATION.fullmatch(text):
+        return True
+    return (_PLAIN_TEXT if place in _PLACES_OF_PLAIN_TEXT else _NAME).fullmatch(text) is not None
 
 
 def _operator_fault(target: Any) -> str | None:

@@ -19,7 +19,7 @@ ALL_TERMS_GRAPH = "all_terms.pt2"
 TOKENIZER_FOLDER = "tokenizer"
 
 EngineName = Literal["torch"]
-Precision = Literal["float32"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def _safe_path(text: str) -> str:
@@ -79,6 +79,21 @@ class SpecialIds(_Strict):
     forced_eos: NonNegativeInt | None = None
 
 
+class Languages(_Strict):
+    """How a multilingual model is told the languages of a pair.
+
+    Requests carry ids as the model was trained with them: the service adds no tag of its own.
+    """
+
+    ids: dict[str, NonNegativeInt] = Field(min_length=1)
+    """Token id by language, named as the checkpoint's tokenizer names it."""
+    source: Literal["first", "last", "none"]
+    """Where the id of the source's language stands in the source."""
+    target: Literal["first", "decoder_start", "first_of_source"]
+    """Where the id of the target's language goes: first in the target, fed and not to be counted
+    (`prefix_length` 1); the decoder's start (`decoder_start_token_id`); or first in the source."""
+
+
 class Graph(_Strict):
     """One exported loss graph, with the error it was measured to have.
 
@@ -89,12 +104,16 @@ class Graph(_Strict):
     engine: EngineName
     precision: Precision
     layout: Literal["padded"]
+    source_multiple: PositiveInt = 1
+    """Sources are padded to a multiple of this and, where it is not 1, to two of them at least."""
     folder: SafePath
     exported_with: str
     max_error: float = Field(ge=0)
     mean_error: float = Field(ge=0)
     tolerance: float = Field(gt=0, le=1)
-    """The largest error at which a device may call itself ready."""
+    """The largest error of a token at which a device may call itself ready."""
+    mean_tolerance: float = Field(gt=0, le=1)
+    """And the largest mean error, which in 16 bits tells more: it hardly varies."""
 
 
 class SelfTest(_Strict):
@@ -122,6 +141,7 @@ class Manifest(_Strict):
     checkpoint: Checkpoint
     vocabulary: Vocabulary
     special_ids: SpecialIds
+    languages: Languages | None = None
     max_source_tokens: PositiveInt | None
     max_target_tokens: PositiveInt | None
     weight_aliases: dict[str, str]
@@ -129,6 +149,12 @@ class Manifest(_Strict):
     graphs: list[Graph] = Field(min_length=1)
     self_test: SelfTest
     files: dict[SafePath, File]
+
+    def graph(self, engine: EngineName, precision: Precision) -> Graph:
+        """The graph of an engine and a precision that the bundle has."""
+        return next(
+            graph for graph in self.graphs if (graph.engine, graph.precision) == (engine, precision)
+        )
 
 
 def sha256_of(path: Path) -> str:

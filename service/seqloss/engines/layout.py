@@ -34,9 +34,14 @@ class PaddedInputs:
         return (getattr(self, name) for name in self.__slots__)
 
 
-def padded(batch: Batch) -> PaddedInputs:
-    """Pads sources and targets with 0, which no mask lets through."""
-    source_ids, source_mask = _pad(batch.sources)
+def padded(batch: Batch, source_multiple: int = 1) -> PaddedInputs:
+    """Pads sources and targets with 0, which no mask lets through.
+
+    Args:
+        batch: what to lay out.
+        source_multiple: see `seqloss.bundle.manifest.Graph`.
+    """
+    source_ids, source_mask = _pad(batch.sources, source_multiple)
     decoder_input_ids, _ = _pad(batch.decoder_input_ids)
     targets = batch.decoder_input_ids
     row = targets.row_of_value[batch.counted]
@@ -51,10 +56,13 @@ def padded(batch: Batch) -> PaddedInputs:
     )
 
 
-def _pad(rows: Ragged) -> tuple[Int64Array, Int64Array]:
-    """Values and mask. Shapes: (rows, longest)."""
+def _pad(rows: Ragged, multiple: int = 1) -> tuple[Int64Array, Int64Array]:
+    """Values and mask. Shapes: (rows, longest), the latter rounded up."""
     lengths = rows.lengths
-    mask = np.arange(lengths.max()) < lengths[:, None]
+    longest = lengths.max()
+    if multiple > 1:
+        longest = max(2, -(-longest // multiple)) * multiple
+    mask = np.arange(longest) < lengths[:, None]
     values = np.zeros(mask.shape, np.int64)
     values[mask] = rows.values
     return values, mask.astype(np.int64)

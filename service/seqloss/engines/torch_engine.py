@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
-from seqloss.bundle.manifest import ALL_TERMS_GRAPH, TERMS_GRAPH, Graph
+from seqloss.bundle.manifest import ALL_TERMS_GRAPH, TERMS_GRAPH, Graph, Precision
 from seqloss.bundle.reader import Bundle
 from seqloss.engines.base import EngineInfo
 from seqloss.engines.layout import PaddedInputs, padded
@@ -34,7 +34,8 @@ class TorchEngine:
             BundleError: the graphs and the weights do not belong together.
             ConfigurationError: there is no such device.
         """
-        self._device = _device(device)
+        self._device = device_named(device)
+        self._source_multiple = graph.source_multiple
         self._terms, self._all_terms = _load(bundle, graph, self._device)
         self._info = EngineInfo("torch", str(self._device), graph.precision, torch.__version__)
 
@@ -47,7 +48,10 @@ class TorchEngine:
         """See `Engine.score`."""
         graph = self._all_terms if batch.with_ranks_and_entropies else self._terms
         with _device_errors(), torch.inference_mode():
-            inputs = [torch.from_numpy(array).to(self._device) for array in padded(batch)]
+            inputs = [
+                torch.from_numpy(array).to(self._device)
+                for array in padded(batch, self._source_multiple)
+            ]
             return TokenTerms(*(output.cpu().numpy() for output in graph(*inputs)))
 
     def close(self) -> None:
@@ -57,7 +61,12 @@ class TorchEngine:
             torch.cuda.empty_cache()
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device, of those that are there; `auto` prefers a GPU.
+
+    Raises:
+        ConfigurationError: there is none of the name.
+    """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
@@ -81,15 +90,33 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def precisions_by_speed(device: torch.device) -> tuple[Precision, ...]:
+    """What the device computes in hardware, the fastest first.
+
+    On a CPU without 16-bit products emulated ones are slower than float32. float16 stands behind
+    bfloat16, which cannot overflow, and is as fast.
+    """
+    found: list[Precision] = []
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        found += ["bfloat16", "float16"] if major >= 8 else ["float16"]  # 8: Ampere
+    else:
+        # Torch before 2.13 does not say.
+        has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        if has.get("avx512_bf16") or has.get("amx_bf16"):
+            found.append("bfloat16")
+        if has.get("avx512_fp16") or has.get("amx_fp16"):
+            found.append("float16")
+    return (*found, "float32")
+
+
 def _load(bundle: Bundle, graph: Graph, device: torch.device) -> tuple[Any, Any]:
     try:
-        weights = load_file(bundle.weights_path, device=str(device))
-        for alias, stored in bundle.manifest.weight_aliases.items():
-            weights[alias] = weights[stored]
-        return (
-            _module(bundle.graph_archive(graph, TERMS_GRAPH), weights, device),
-            _module(bundle.graph_archive(graph, ALL_TERMS_GRAPH), weights, device),
-        )
+        with _Weights(bundle, device) as weights:
+            return (
+                _module(bundle.graph_archive(graph, TERMS_GRAPH), weights, device),
+                _module(bundle.graph_archive(graph, ALL_TERMS_GRAPH), weights, device),
+            )
     except (BundleError, torch.OutOfMemoryError):
         raise
     # A program that is malformed in a harmless way fails with whatever Torch stumbles over.
@@ -99,8 +126,27 @@ def _load(bundle: Bundle, graph: Graph, device: torch.device) -> tuple[Any, Any]
         ) from error
 
 
-def _module(archive: bytes, weights: dict[str, torch.Tensor], device: torch.device) -> Any:
-    """The program as a callable module that shares the given weights."""
+class _Weights(AbstractContextManager["_Weights"]):
+    """A bundle's weights in the dtypes that graphs ask for, each cast once and shared."""
+
+    def __init__(self, bundle: Bundle, device: torch.device) -> None:
+        self._file: Any = safe_open(bundle.weights_path, framework="pt", device=str(device))
+        self._aliases = bundle.manifest.weight_aliases
+        self._made: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The weight; a copy in another precision is made without keeping the original."""
+        key = self._aliases.get(name, name), dtype
+        if key not in self._made:
+            self._made[key] = self._file.get_tensor(key[0]).to(dtype)
+        return self._made[key]
+
+    def __exit__(self, *_: object) -> None:
+        self._file.__exit__(None, None, None)
+
+
+def _module(archive: bytes, weights: _Weights, device: torch.device) -> Any:
+    """The program as a callable module on the given weights."""
     program = torch.export.load(io.BytesIO(archive))
     expected = list(PaddedInputs.__slots__)
     if list(program.graph_signature.user_inputs) != expected:
@@ -116,7 +162,11 @@ def _module(archive: bytes, weights: dict[str, torch.Tensor], device: torch.devi
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = program.module()
-    module.load_state_dict({name: weights[name] for name in module.state_dict()}, assign=True)
+    state = {
+        name: weights.get(name, placeholder.dtype)
+        for name, placeholder in module.state_dict().items()
+    }
+    module.load_state_dict(state, assign=True)
     return module
 
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from transformers.modeling_outputs import BaseModelOutput
 
 from seqloss.bundle.graph_archive import distil
 from seqloss.errors import BundleError, CheckpointError
+from seqloss.export.families import FAMILIES
 from seqloss.loss.head import VOCABULARY_BLOCK, OutputProjection, block_terms, output_projection
 
-# Every axis is dynamic. Sizes of the example are at least 2 and differ: torch.export specialises
-# on 0 and 1, and takes equal sizes for one.
-_DYNAMIC = ({0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO})
-_DYNAMIC_SHAPES = (*_DYNAMIC, {0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO}, {0: Dim.AUTO})
-_NUM_SYMBOLS = 6  # U, S, B, T, K, and K again for the labels, which the engine makes as long
+_DYNAMIC_SHAPES = (
+    {0: Dim.AUTO, 1: Dim.AUTO},  # source_ids
+    {0: Dim.AUTO, 1: Dim.AUTO},  # source_mask
+    {0: Dim.AUTO},  # source_row
+    {0: Dim.AUTO, 1: Dim.AUTO},  # decoder_input_ids
+    {0: Dim.AUTO},  # token_index
+    {0: Dim.AUTO},  # labels
+)
 
 
 class LossGraph(nn.Module):
@@ -28,21 +35,21 @@ class LossGraph(nn.Module):
         self, model: Any, excluded_classes: list[int], *, with_ranks_and_entropies: bool
     ) -> None:
         super().__init__()
-        self.encoder = model.get_encoder()
-        self.decoder = model.get_decoder()
-        bias = getattr(model, "final_logits_bias", None)
-        projection = output_projection(
-            model.get_output_embeddings().weight,
-            None if bias is None else bias[0],
-            excluded_classes,
-        )
+        self.model = model
+        self._family = FAMILIES[model.config.model_type]
+        layer = self._family.output_layer(model)
+        projection = output_projection(layer.weight, _output_bias(model, layer), excluded_classes)
         self.output_bias: Tensor
         self.output_mean_weight: Tensor
         self.output_mean_bias: Tensor
-        self.output_weight = nn.Parameter(projection.weight, requires_grad=False)
+        # A layer, so that what lowers the linear layers of the body lowers it too.
+        classes, width = projection.weight.shape
+        self.output = nn.Linear(width, classes, bias=False, device="meta")
+        self.output.weight = nn.Parameter(projection.weight.detach(), requires_grad=False)
         self.register_buffer("output_bias", projection.bias)
         self.register_buffer("output_mean_weight", projection.mean_weight)
         self.register_buffer("output_mean_bias", projection.mean_bias)
+        self._softcap = softcap_of(model.config)
         self._with_ranks_and_entropies = with_ranks_and_entropies
         # Buffers that transformers makes anew at load, such as sinusoids, are weights of a bundle.
         for module in self.modules():
@@ -58,50 +65,114 @@ class LossGraph(nn.Module):
         labels: Tensor,
     ) -> tuple[Tensor, ...]:
         """See `seqloss.engines.layout.PaddedInputs` and `seqloss.records.TokenTerms`."""
-        encoded = self.encoder(
-            input_ids=source_ids, attention_mask=source_mask
+        encoder = self.model.get_encoder()
+        encoded = encoder(
+            **ids_or_embeddings(encoder, source_ids, embed=self._family.embeds_ids),
+            attention_mask=source_mask,
+            return_dict=True,
         ).last_hidden_state  # (U, S, D)
-        decoded = self.decoder(
-            input_ids=decoder_input_ids,
-            encoder_hidden_states=encoded.index_select(0, source_row),
-            encoder_attention_mask=source_mask.index_select(0, source_row),
-            use_cache=False,
-        ).last_hidden_state  # (B, T, D)
+        decoded = self._decoded(
+            encoded.index_select(0, source_row),
+            source_mask.index_select(0, source_row),
+            decoder_input_ids,
+        )
         # The causal mask keeps a target's padding, which follows it, away from its own tokens.
         hidden = decoded.flatten(0, 1).index_select(0, token_index)  # (K, D)
         projection = OutputProjection(
-            self.output_weight, self.output_bias, self.output_mean_weight, self.output_mean_bias
+            self.output.weight,
+            self.output_bias,
+            self.output_mean_weight,
+            self.output_mean_bias,
+            self._softcap,
         )
         return block_terms(
-            hidden, projection, labels, self._with_ranks_and_entropies, VOCABULARY_BLOCK
+            hidden.float(),
+            projection,
+            labels,
+            with_ranks_and_entropies=self._with_ranks_and_entropies,
+            vocabulary_block=VOCABULARY_BLOCK,
         )
 
+    def _decoded(self, encoded: Tensor, mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        """What the model hands to its output layer. Shape: (B, T, D).
 
-def capture(graph: LossGraph) -> bytes:
-    """The graph as a `torch.export` archive without weights.
+        Families scale or project between decoder and output layer.  All of that is taken as it is;
+        the logits themselves are dead code, which `capture` removes.
+        """
+        seen: list[Tensor] = []
+        layer = self._family.output_layer(self.model)
+        hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        decoder = self.model.get_decoder()
+        try:
+            self.model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+                attention_mask=mask,
+                **ids_or_embeddings(
+                    decoder, decoder_input_ids, "decoder_", embed=self._family.embeds_ids
+                ),
+                **({"input_ids": decoder_input_ids} if self._family.wants_source_ids else {}),
+                # Without it some families take ids that equal the pad id for padding.
+                decoder_attention_mask=torch.ones_like(decoder_input_ids),
+                use_cache=False,
+                return_dict=True,
+            )
+        finally:
+            hook.remove()
+        (hidden,) = seen
+        return hidden
+
+
+def ids_or_embeddings(part: Any, ids: Tensor, prefix: str = "", *, embed: bool) -> dict[str, Any]:
+    """The arguments by which a body is given its ids."""
+    if embed:
+        return {f"{prefix}inputs_embeds": embeddings_of(part)(ids)}
+    return {f"{prefix}input_ids": ids}
+
+
+def embeddings_of(part: Any) -> Any:
+    """The table of an encoder or a decoder."""
+    return part.embed_tokens if hasattr(part, "embed_tokens") else part.get_input_embeddings()
+
+
+def softcap_of(config: Any) -> float | None:
+    """The bound that a family's logits are squashed to, by `bound * tanh(logits / bound)`."""
+    softcap: float | None = getattr(config.get_text_config(True), "final_logit_softcapping", None)
+    return softcap
+
+
+class Captured(NamedTuple):
+    """A graph without weights, and the weights that it reads, by their names."""
+
+    archive: bytes
+    state: dict[str, Tensor]
+
+
+def capture(graph: LossGraph, source_multiple: int = 1) -> Captured:
+    """The graph as a `torch.export` archive, and its weights.
+
+    Args:
+        graph: the loss graph, in the precision that its weights have.
+        source_multiple: source lengths are multiples of this, and at least two of them.
 
     Raises:
         CheckpointError: a size that must be free was fixed by the model's code, or the graph uses
             an operator that bundles may not.
     """
-    with warnings.catch_warnings(), torch.no_grad():
+    one_hot = patch.object(torch.nn.functional, "one_hot", _one_hot)
+    with warnings.catch_warnings(), torch.no_grad(), one_hot:
         warnings.simplefilter("ignore")
         program = torch.export.export(
-            graph.eval(), _example_inputs(), dynamic_shapes=_DYNAMIC_SHAPES, strict=False
+            graph.eval(),
+            _example_inputs(source_multiple),
+            dynamic_shapes=_DYNAMIC_SHAPES,
+            strict=False,
         )
-    free = len(program.range_constraints)
-    if free != _NUM_SYMBOLS:
-        raise CheckpointError(
-            f"the model's code fixes sizes: {free} of {_NUM_SYMBOLS} remained free when traced"
-        )
-    state = program.state_dict
-    for name, tensor in state.items():
-        meta = tensor.detach().to("meta")
-        state[name] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
+    _refuse_fixed_sizes(program)
+    state = _state(program)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     try:
-        return distil(buffer.getvalue())
+        return Captured(distil(buffer.getvalue()), state)
     except BundleError as error:
         raise CheckpointError(
             "the model's graph holds what bundles may not (see seqloss/bundle/graph_policy.py)",
@@ -109,12 +180,64 @@ def capture(graph: LossGraph) -> bytes:
         ) from error
 
 
-def weights_of(graph: LossGraph) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _one_hot(ids: Tensor, num_classes: int) -> Tensor:
+    """As Torch's, whose operator fixes a number of classes that follows from an input's size."""
+    classes = torch.arange(num_classes, device=ids.device)
+    return (ids.unsqueeze(-1) == classes).to(torch.int64)
+
+
+def _refuse_fixed_sizes(program: ExportedProgram) -> None:
+    fixed = [
+        f"{node.name} has the fixed shape {tuple(map(str, node.meta['val'].shape))}"
+        for node in program.graph.nodes
+        if node.op == "placeholder"
+        and node.name in program.graph_signature.user_inputs
+        and any(isinstance(size, int) for size in node.meta["val"].shape)
+    ]
+    if fixed:
+        raise CheckpointError("the model's code fixes sizes that must be free", fixed)
+
+
+def _state(program: ExportedProgram) -> dict[str, Tensor]:
+    """Takes the weights out of the program, and what it does not read away from it.
+
+    Constants that the model's code made along the way become weights too: an archive that holds
+    tensors of its own is refused.
+    """
+    program.graph.eliminate_dead_code()
+    state: dict[str, Tensor] = {}
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    kept = []
+    for spec in program.graph_signature.input_specs:
+        name = spec.target
+        if spec.kind == InputKind.USER_INPUT or name is None:
+            kept.append(spec)
+        elif not nodes[spec.arg.name].users:
+            program.graph.erase_node(nodes[spec.arg.name])
+        else:
+            constants = program.constants if name in program.constants else program.state_dict
+            state[name] = constants[name].detach()
+            if spec.kind != InputKind.PARAMETER:
+                spec.kind, spec.persistent = InputKind.BUFFER, True
+            kept.append(spec)
+    program.graph_signature.input_specs = kept
+    program.constants.clear()
+    program.state_dict.clear()
+    for spec in kept:
+        if spec.target is not None:
+            meta = state[spec.target].to("meta")
+            is_parameter = spec.kind == InputKind.PARAMETER
+            program.state_dict[spec.target] = nn.Parameter(meta, False) if is_parameter else meta
+    program.graph_module.recompile()
+    return state
+
+
+def distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each tensor once, and the names that share one: (stored tensors, alias to stored name)."""
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     name_of: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
-    for name, tensor in graph.state_dict().items():
+    for name, tensor in state.items():
         identity = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if identity in name_of and tensor.numel():
             aliases[name] = name_of[identity]
@@ -124,8 +247,19 @@ def weights_of(graph: LossGraph) -> tuple[dict[str, Tensor], dict[str, str]]:
     return stored, aliases
 
 
-def _example_inputs() -> tuple[Tensor, ...]:
+def _output_bias(model: Any, layer: Any) -> Tensor | None:
+    biases = [
+        bias.detach().float().flatten()
+        for bias in (getattr(model, "final_logits_bias", None), getattr(layer, "bias", None))
+        if bias is not None
+    ]
+    return torch.stack(biases).sum(0) if biases else None
+
+
+def _example_inputs(source_multiple: int) -> tuple[Tensor, ...]:
+    """Sizes are at least 2 and differ: torch.export specialises on 0 and 1, and equates equals."""
     num_sources, source_length, num_targets, target_length, num_tokens = 3, 7, 5, 6, 11
+    source_length *= source_multiple
     return (
         torch.zeros(num_sources, source_length, dtype=torch.int64),
         torch.ones(num_sources, source_length, dtype=torch.int64),

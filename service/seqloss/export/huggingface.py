@@ -13,14 +13,15 @@ from huggingface_hub import HfApi, snapshot_download
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
-from seqloss.bundle.manifest import SpecialIds, sha256_of
+from seqloss.bundle.manifest import Languages, SpecialIds, sha256_of
 from seqloss.errors import CheckpointError
-
-# Families whose losses a test compares with transformers.
-FAMILIES = ("bart", "blenderbot", "marian")
+from seqloss.export.families import FAMILIES, REFUSED, Family
+from seqloss.export.languages import generation_ids, languages_of
 
 # In the order in which transformers prefers them. It unpickles the latter with `weights_only`.
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+# Beside JSON files; languages are looked up in them.
+_VOCABULARIES = ("*.model", "*.spm")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # More names than these help nobody.
 _MOST_NAMES = 12
@@ -35,6 +36,7 @@ class LoadedCheckpoint:
         digest: SHA-256 over the digests of its weight files.
         model: the `PreTrainedModel`.
         special_ids: ids with a meaning.
+        languages: how it is told the languages of a pair, where it is.
         tokenizer_files: what it has of `tokenizer.json` and its settings.
     """
 
@@ -42,21 +44,31 @@ class LoadedCheckpoint:
     digest: str
     model: Any
     special_ids: SpecialIds
+    languages: Languages | None
     tokenizer_files: list[Path]
 
     @property
-    def family(self) -> str:
-        """Transformers' `model_type`."""
+    def model_type(self) -> str:
+        """Transformers' name of the family."""
         return str(self.model.config.model_type)
 
     @property
-    def max_positions(self) -> int | None:
+    def family(self) -> Family:
+        """What is known of the family."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def max_positions(self) -> tuple[int | None, int | None]:
         """The longest source and target, where the family bounds them."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return self.family.max_positions(self.model.config)
 
 
-def load_checkpoint(name: str) -> LoadedCheckpoint:
+def load_checkpoint(name: str, decoder_start: int | None = None) -> LoadedCheckpoint:
     """Loads a local folder, or a repository of the hub by its name.
+
+    Args:
+        name: the folder or the repository.
+        decoder_start: instead of the configuration's decoder_start_token_id.
 
     Raises:
         CheckpointError: it is not there, is not an encoder-decoder of a known family, or its
@@ -64,22 +76,24 @@ def load_checkpoint(name: str) -> LoadedCheckpoint:
     """
     folder = _folder(name)
     config = _config(folder)
-    faults = _config_faults(config)
+    special_ids, faults = _special_ids(folder, config, decoder_start)
+    faults = _family_faults(config) + faults
     weight_files = _weight_files(folder)
     if not weight_files:
         faults.append("it has no weights: neither *.safetensors nor pytorch_model*.bin")
     model = None
-    if weight_files and getattr(config, "is_encoder_decoder", False):
-        model, weight_faults = _model(folder)
+    if weight_files and config.model_type in FAMILIES:
+        model, weight_faults = _model(folder, FAMILIES[config.model_type])
         faults += weight_faults
-    if faults or model is None:
+    if faults or model is None or special_ids is None:
         raise CheckpointError(f"{name} cannot be exported", faults)
     digests = "".join(sha256_of(path) for path in weight_files)
     return LoadedCheckpoint(
         name=name if folder != Path(name) else folder.resolve().name,
         digest=hashlib.sha256(digests.encode()).hexdigest(),
         model=model,
-        special_ids=_special_ids(config),
+        special_ids=special_ids,
+        languages=languages_of(folder, config.model_type),
         tokenizer_files=[path for file in _TOKENIZER_FILES if (path := folder / file).is_file()],
     )
 
@@ -99,7 +113,7 @@ def _folder(name: str) -> Path:
         weights = next(
             (pattern for pattern in _WEIGHT_PATTERNS if fnmatch.filter(files, pattern)), ""
         )
-        return Path(snapshot_download(name, allow_patterns=["*.json", weights]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", *_VOCABULARIES, weights]))
     # Beside errors of its own the hub's client raises those of whatever HTTP library it uses.
     except Exception as error:
         raise CheckpointError(
@@ -117,25 +131,21 @@ def _config(folder: Path) -> Any:
         ) from error
 
 
-def _config_faults(config: Any) -> list[str]:
-    faults = []
+def _family_faults(config: Any) -> list[str]:
     if not getattr(config, "is_encoder_decoder", False):
-        faults.append(
-            f"its family, {config.model_type!r}, is not an encoder-decoder, and seqloss scores "
-            "targets given sources"
-        )
-    elif config.model_type not in FAMILIES:
-        faults.append(
+        return [
+            f"its family, {config.model_type!r}, is no encoder-decoder: it has no targets to score"
+        ]
+    if refusal := REFUSED.get(config.model_type):
+        return [f"its family, {config.model_type!r}, is not supported: {refusal.reason}"]
+    if config.model_type not in FAMILIES:
+        return [
             f"its family, {config.model_type!r}, is not supported; these are: {', '.join(FAMILIES)}"
-        )
-    if getattr(config, "decoder_start_token_id", None) is None:
-        faults.append("its configuration has no decoder_start_token_id")
-    if getattr(config, "pad_token_id", None) is None:
-        faults.append("its configuration has no pad_token_id")
-    return faults
+        ]
+    return []
 
 
-def _model(folder: Path) -> tuple[Any, list[str]]:
+def _model(folder: Path, family: Family) -> tuple[Any, list[str]]:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
@@ -143,7 +153,7 @@ def _model(folder: Path) -> tuple[Any, list[str]]:
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
             folder,
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation=family.attention,
             ignore_mismatched_sizes=True,
             local_files_only=True,
             output_loading_info=True,
@@ -154,6 +164,7 @@ def _model(folder: Path) -> tuple[Any, list[str]]:
         return None, [f"its weights do not load: {error}"]
     finally:
         transformers_logging.set_verbosity(verbosity)
+    family.prepare(model)
     faults = []
     if missing := sorted(info["missing_keys"]):
         faults.append(f"its weights lack {_some(missing)}")
@@ -173,16 +184,31 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + more
 
 
-def _special_ids(config: Any) -> SpecialIds:
-    def one(name: str) -> int | None:
-        value = getattr(config, name, None)
-        return value[0] if isinstance(value, list) else value
-
-    return SpecialIds(
-        decoder_start=config.decoder_start_token_id,
-        pad=config.pad_token_id,
-        bos=one("bos_token_id"),
-        eos=one("eos_token_id"),
-        forced_bos=one("forced_bos_token_id"),
-        forced_eos=one("forced_eos_token_id"),
+def _special_ids(
+    folder: Path, config: Any, decoder_start: int | None
+) -> tuple[SpecialIds | None, list[str]]:
+    """The ids, or what is missing."""
+    ids = generation_ids(folder, config)
+    start = ids["decoder_start_token_id"] if decoder_start is None else decoder_start
+    pad = ids["pad_token_id"]
+    faults = []
+    if start is None:
+        faults.append(
+            "its configuration has no decoder_start_token_id; give --decoder-start-token-id (a "
+            "request may have its own, where each language has one)"
+        )
+    elif start < 0:
+        faults.append(f"{start} is no id for the decoder to start with")
+    if pad is None:
+        faults.append("its configuration has no pad_token_id")
+    if faults or start is None or pad is None:
+        return None, faults
+    special_ids = SpecialIds(
+        decoder_start=start,
+        pad=pad,
+        bos=ids["bos_token_id"],
+        eos=ids["eos_token_id"],
+        forced_bos=ids["forced_bos_token_id"],
+        forced_eos=ids["forced_eos_token_id"],
     )
+    return special_ids, []

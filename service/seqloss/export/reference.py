@@ -1,7 +1,8 @@
-"""What transformers says: the numbers that a bundle's self-test is made of."""
+"""What transformers says: the numbers that bundles are held against."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from seqloss.bundle.manifest import SelfTest, Vocabulary
+from seqloss.export.families import FAMILIES
+from seqloss.export.graph import embeddings_of, ids_or_embeddings
 from seqloss.export.huggingface import LoadedCheckpoint
 
 _SEED = 20260305
@@ -16,12 +19,48 @@ _NUM_SOURCES = 6
 _LONGEST = 16
 
 
-def reference_nlls(
-    model: Any, source_ids: list[int], target_ids: list[int], start: int, excluded: list[int]
-) -> list[float]:
-    """Token nlls of one pair, by transformers alone: float32 logits, float64 from there on."""
-    logprobs = _logprobs(model, source_ids, [start, *target_ids[:-1]], excluded)
-    return [float(nll) for nll in -logprobs[range(len(target_ids)), target_ids]]
+class Reference:
+    """Token nlls by a transformers model alone: float32 logits, float64 from there on."""
+
+    def __init__(self, model: Any, decoder_start: int, excluded: Sequence[int]) -> None:
+        self._model = model
+        self._decoder_start = decoder_start
+        self._excluded = list(excluded)
+        self._num_targets = embeddings_of(model.get_decoder()).num_embeddings
+
+    def nlls(self, source_ids: list[int], target_ids: list[int]) -> list[float]:
+        """Token nlls of one pair, in nats."""
+        logprobs = self._logprobs(source_ids, [[self._decoder_start, *target_ids[:-1]]])[0]
+        return [float(nll) for nll in -logprobs[range(len(target_ids)), target_ids]]
+
+    def draw(
+        self, source_ids: list[int], length: int, generator: np.random.Generator, count: int = 1
+    ) -> list[list[int]]:
+        """Targets of a source drawn from the model: what its training data looks like to it."""
+        drawn: list[list[int]] = [[] for _ in range(count)]
+        for _ in range(length):
+            inputs = [[self._decoder_start, *target] for target in drawn]
+            logprobs = self._logprobs(source_ids, inputs)[:, -1, : self._num_targets]
+            for target, probabilities in zip(drawn, logprobs.softmax(-1).numpy(), strict=True):
+                target.append(int(generator.choice(self._num_targets, p=probabilities)))
+        return drawn
+
+    @torch.inference_mode()
+    def _logprobs(self, source_ids: list[int], decoder_input_ids: list[list[int]]) -> Tensor:
+        """Of several targets of one source. Shape: (B, T, V), float64; -inf where excluded."""
+        model, embed = self._model, FAMILIES[self._model.config.model_type].embeds_ids
+        sources = torch.tensor([source_ids] * len(decoder_input_ids))
+        targets = torch.tensor(decoder_input_ids)
+        logits = model(
+            **ids_or_embeddings(model.get_encoder(), sources, embed=embed),
+            **ids_or_embeddings(model.get_decoder(), targets, "decoder_", embed=embed),
+            # No pair is padded, and no id is padding, whatever it equals.
+            attention_mask=torch.ones_like(sources),
+            decoder_attention_mask=torch.ones_like(targets),
+            use_cache=False,
+        ).logits.double()
+        logits[..., self._excluded] = -torch.inf
+        return torch.log_softmax(logits, -1)
 
 
 def make_self_test(checkpoint: LoadedCheckpoint, vocabulary: Vocabulary) -> SelfTest:
@@ -31,16 +70,16 @@ def make_self_test(checkpoint: LoadedCheckpoint, vocabulary: Vocabulary) -> Self
     one is as wrong as can be.  Lengths run from 1 to 16.
     """
     generator = np.random.default_rng(_SEED)
-    longest = min(_LONGEST, checkpoint.max_positions or _LONGEST)
+    longest = min(_LONGEST, *(limit or _LONGEST for limit in checkpoint.max_positions))
     excluded = [int(index) for index in np.flatnonzero(vocabulary.excluded)]
     kept = np.flatnonzero(~vocabulary.excluded[: vocabulary.target])
-    start = checkpoint.special_ids.decoder_start
+    reference = Reference(checkpoint.model, checkpoint.special_ids.decoder_start, excluded)
     sources, source_index, targets = [], [], []
     for source_length in np.linspace(1, longest, _NUM_SOURCES).astype(int):
         source = generator.integers(vocabulary.source, size=source_length).tolist()
         sources.append(source)
         target_length = int(generator.integers(1, longest + 1))
-        drawn = _draw(checkpoint.model, source, target_length, start, excluded, generator)
+        (drawn,) = reference.draw(source, target_length, generator)
         targets += [drawn, generator.choice(kept, target_length).tolist()]
         source_index += [len(sources) - 1] * 2
     return SelfTest(
@@ -48,38 +87,7 @@ def make_self_test(checkpoint: LoadedCheckpoint, vocabulary: Vocabulary) -> Self
         source_index=source_index,
         target_ids=targets,
         token_nlls=[
-            reference_nlls(checkpoint.model, sources[index], target, start, excluded)
+            reference.nlls(sources[index], target)
             for index, target in zip(source_index, targets, strict=True)
         ],
     )
-
-
-def _draw(
-    model: Any,
-    source_ids: list[int],
-    length: int,
-    start: int,
-    excluded: list[int],
-    generator: np.random.Generator,
-) -> list[int]:
-    drawn: list[int] = []
-    while len(drawn) < length:
-        probabilities = _logprobs(model, source_ids, [start, *drawn], excluded)[-1].exp().numpy()
-        probabilities = probabilities[: model.get_decoder().get_input_embeddings().num_embeddings]
-        drawn.append(
-            int(generator.choice(len(probabilities), p=probabilities / probabilities.sum()))
-        )
-    return drawn
-
-
-@torch.inference_mode()
-def _logprobs(
-    model: Any, source_ids: list[int], decoder_input_ids: list[int], excluded: list[int]
-) -> Tensor:
-    """Shape: (T, V), float64; -inf for excluded classes."""
-    logits = model(
-        input_ids=torch.tensor([source_ids]), decoder_input_ids=torch.tensor([decoder_input_ids])
-    ).logits
-    logits = logits[0].double()
-    logits[:, excluded] = -torch.inf
-    return torch.log_softmax(logits, -1)

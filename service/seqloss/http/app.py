@@ -104,7 +104,17 @@ async def _load_all(
     for runtime in models.values():
         await runtime.start(device_thread)
         if runtime.engine is not None:
-            _LOG.info("model %r is ready on %s", runtime.name, runtime.engine.info.device)
+            info = runtime.engine.info
+            graph = runtime.bundle.manifest.graph(info.engine, info.precision)
+            _LOG.info(
+                "model %r is ready on %s in %s, off by %.1e nats per token on average (of the "
+                "bundle's %s)",
+                runtime.name,
+                info.device,
+                info.precision,
+                graph.mean_error,
+                ", ".join(one.precision for one in runtime.bundle.manifest.graphs),
+            )
     on_loaded()
 
 

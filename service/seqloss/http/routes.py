@@ -138,6 +138,32 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _
 # ---------------------------------------------------------------- what is served
 
 
+class GraphBody(BaseModel):
+    """What the bundle has of one precision."""
+
+    engine: str
+    precision: str
+    max_error: float = Field(
+        description="The largest difference of a token's nll from transformers in float32, in "
+        "nats, measured at export."
+    )
+    mean_error: float
+
+
+class LanguagesBody(BaseModel):
+    """How the model is told the languages of a pair; requests carry these ids themselves."""
+
+    ids: dict[str, int]
+    source: Literal["first", "last", "none"] = Field(
+        description="Where the id of the source's language stands in the source."
+    )
+    target: Literal["first", "decoder_start", "first_of_source"] = Field(
+        description="Where the id of the target's language goes: first in the target "
+        "(`prefix_length` 1 keeps it out of the loss), `decoder_start_token_id`, or first in the "
+        "source."
+    )
+
+
 class ModelBody(BaseModel):
     """A served model."""
 
@@ -145,9 +171,10 @@ class ModelBody(BaseModel):
     state: Literal["loading", "ready", "draining", "failed"]
     family: str
     checkpoint: str
-    engine: str
+    engine: str | None = Field(description="null while it is being loaded")
     device: str | None = Field(description="null while it is being loaded")
-    precision: str
+    precision: str | None = Field(description="null while it is being loaded")
+    graphs: list[GraphBody] = Field(description="What the bundle holds.")
     bundle_digest: str
     source_vocabulary_size: int
     target_vocabulary_size: int
@@ -158,14 +185,10 @@ class ModelBody(BaseModel):
     eos_token_id: int | None
     forced_bos_token_id: int | None
     forced_eos_token_id: int | None
+    languages: LanguagesBody | None
     max_source_tokens: int
     max_target_tokens: int
     max_batch_tokens: int
-    max_error: float = Field(
-        description="The largest difference of a token's nll from transformers in float32, in "
-        "nats, measured at export."
-    )
-    mean_error: float
 
 
 class ModelsBody(BaseModel):
@@ -194,15 +217,25 @@ async def get_model(
 
 def _model_body(runtime: LossRuntime, settings: Settings) -> ModelBody:
     manifest = runtime.bundle.manifest
-    ids, vocabulary, graph = manifest.special_ids, manifest.vocabulary, runtime.graph
+    ids, vocabulary = manifest.special_ids, manifest.vocabulary
+    info = runtime.engine.info if runtime.engine else None
     return ModelBody(
         name=runtime.name,
         state=runtime.state,
         family=manifest.family,
         checkpoint=manifest.checkpoint.name,
-        engine=graph.engine,
-        device=runtime.engine.info.device if runtime.engine else None,
-        precision=graph.precision,
+        engine=info.engine if info else None,
+        device=info.device if info else None,
+        precision=info.precision if info else None,
+        graphs=[
+            GraphBody(
+                engine=graph.engine,
+                precision=graph.precision,
+                max_error=graph.max_error,
+                mean_error=graph.mean_error,
+            )
+            for graph in manifest.graphs
+        ],
         bundle_digest=runtime.bundle.digest,
         source_vocabulary_size=vocabulary.source,
         target_vocabulary_size=vocabulary.target,
@@ -213,11 +246,11 @@ def _model_body(runtime: LossRuntime, settings: Settings) -> ModelBody:
         eos_token_id=ids.eos,
         forced_bos_token_id=ids.forced_bos,
         forced_eos_token_id=ids.forced_eos,
+        languages=manifest.languages
+        and LanguagesBody.model_validate(manifest.languages.model_dump()),
         max_source_tokens=runtime.limits.max_source_tokens,
         max_target_tokens=runtime.limits.max_target_tokens,
         max_batch_tokens=settings.max_batch_tokens,
-        max_error=graph.max_error,
-        mean_error=graph.mean_error,
     )
 
 
