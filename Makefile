@@ -15,8 +15,8 @@ serve: $(BUNDLE)/manifest.json  ## Serve the demo model; PORT=8000 by default
 	@$(BIN)/python -m seqloss.demo.greeting --port $(PORT)
 	@$(BIN)/seqloss serve demo=$(BUNDLE) --port $(PORT)
 
-test: $(INSTALLED)  ## Run all tests
-	$(BIN)/pytest
+test: $(INSTALLED)  ## Run all tests, a few at a time
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
 check: $(INSTALLED)  ## Format, lint, types, import rule, README
 	$(BIN)/ruff format --check

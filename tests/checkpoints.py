@@ -65,7 +65,7 @@ _GEMMA = {
     "max_position_embeddings": MAX_POSITIONS,
     "sliding_window": 16,
     "attn_logit_softcapping": 5.0,
-    "final_logit_softcapping": 12.0,
+    "final_logit_softcapping": 30.0,
 }
 
 
@@ -185,7 +185,7 @@ RECIPES: dict[str, Recipe] = {
         lambda: _two_parts("Roberta", pad_token_id=5, max_position_embeddings=MAX_POSITIONS + 6),
         sharpness=6,
     ),
-    "t5gemma": Recipe("T5GemmaForConditionalGeneration", _t5gemma, sharpness=60),
+    "t5gemma": Recipe("T5GemmaForConditionalGeneration", _t5gemma, sharpness=20),
 }
 FAMILIES = tuple(RECIPES)
 # Whose losses are compared in all ways; the others share their code, or are rare.

@@ -24,20 +24,20 @@ import torch
 
 from seqloss.bundle import reader
 from seqloss.bundle.graph_archive import checked
-from seqloss.bundle.manifest import MANIFEST_NAME, TERMS_GRAPH, WEIGHTS_NAME, Manifest
+from seqloss.bundle.manifest import BODY_GRAPH, MANIFEST_NAME, WEIGHTS_NAME, Manifest
 from seqloss.bundle.reader import Bundle, open_bundle
 from seqloss.bundle.writer import seal
 from seqloss.engines.torch_engine import TorchEngine
 from seqloss.errors import BundleError
 from seqloss.records import Batch, Ragged
 
-GRAPH = f"graphs/torch-float32/{TERMS_GRAPH}"
+GRAPH = f"graphs/torch-float32/{BODY_GRAPH}"
 PROGRAM = "models/model.json"
 WEIGHTS = "data/weights/model_weights_config.json"
 CONSTANTS = "data/constants/model_constants_config.json"
 SAMPLE_INPUTS = "data/sample_inputs/model.pt"
 INPUTS = tuple(
-    torch.ones(size, dtype=torch.int64) for size in [(3, 7), (3, 7), (5,), (5, 6), (11,), (11,)]
+    torch.ones(size, dtype=torch.int64) for size in [(3, 7), (3, 7), (5,), (5, 6), (11,)]
 )
 
 Members = dict[str, bytes]
@@ -123,7 +123,10 @@ def change_json(members: Members, name: str, change: Callable[[Any], None]) -> N
 
 def pickle_a_weight(members: Members, marker: Path) -> None:
     def change(weights: Any) -> None:
-        weights["config"]["output.weight"] |= {"use_pickle": True, "path_name": "weight_9"}
+        weights["config"]["model.model.encoder.layers.0.self_attn.k_proj.weight"] |= {
+            "use_pickle": True,
+            "path_name": "weight_9",
+        }
 
     change_json(members, WEIGHTS, change)
     members["data/weights/weight_9"] = pickle.dumps(Touch(marker))
@@ -251,7 +254,10 @@ def operator_as_an_argument(program: Program, marker: Path) -> None:
 
 @program_attack
 def weight_as_an_output_to_overwrite(program: Program, marker: Path) -> None:
-    output = {"arg": {"name": "neg"}, "parameter_name": "output.weight"}
+    output = {
+        "arg": {"name": "neg"},
+        "parameter_name": "model.model.encoder.layers.0.self_attn.k_proj.weight",
+    }
     program["graph_module"]["signature"]["output_specs"][0] = {"parameter_mutation": output}
 
 
@@ -276,7 +282,7 @@ def insert_node(target: str, **arguments: Any) -> Callable[[Members, Path], None
 
 
 marker_path = object()
-weight = {"as_tensor": {"name": "p_output_weight"}}
+weight = {"as_tensor": {"name": "p_model_model_encoder_layers_0_self_attn_k_proj_weight"}}
 true, zero = {"as_bool": True}, {"as_int": 0}
 
 read_a_file = insert_node(
@@ -293,7 +299,7 @@ PROVEN: list[tuple[Callable[[Members, Path], None], str]] = [
     (code_as_a_size, "not plain arithmetic"),
     (code_in_the_comment_of_a_size, "not plain arithmetic"),
     (code_as_the_name_of_an_input, "forward_arg_names"),
-    (read_a_file, "not an operator that a loss graph may use"),
+    (read_a_file, "not an operator that a bundle may use"),
 ]
 REFUSED: list[tuple[Callable[[Members, Path], None], str]] = [
     *PROVEN,
@@ -311,7 +317,7 @@ REFUSED: list[tuple[Callable[[Members, Path], None], str]] = [
     (operator_as_an_argument, "operator as an argument"),
     (weight_as_an_output_to_overwrite, "outlives a request"),
     *(
-        (insert_node(target, f=marker_path), "not an operator that a loss graph may use")
+        (insert_node(target, f=marker_path), "not an operator that a bundle may use")
         for target in (
             "torch.load",
             "torch.hub.load",
@@ -402,7 +408,7 @@ def test_untouched_bundle_passes(folder: Path) -> None:
 # ---------------------------------------------------------------- what a graph writes into
 
 FLOAT32 = {"as_scalar_type": 7}
-WEIGHT, INPUT = "p_output_weight", "decoder_input_ids"
+WEIGHT, INPUT = "p_model_model_encoder_layers_0_self_attn_k_proj_weight", "decoder_input_ids"
 BATCH = Batch(
     sources=Ragged.from_rows([[3, 1, 4], [1, 5]], np.int32),
     source_row=np.array([0, 1], np.int32),
@@ -873,7 +879,7 @@ def test_graph_that_changes_after_the_bundle_was_opened_is_refused(folder: Path)
     bundle = open_bundle(folder)
     (folder / GRAPH).write_bytes(b"another")
     with pytest.raises(BundleError, match="changed while it was read"):
-        bundle.graph_archive(bundle.manifest.graphs[0], TERMS_GRAPH)
+        bundle.graph_archive(bundle.manifest.graphs[0])
 
 
 # ---------------------------------------------------------------- the manifest
@@ -931,7 +937,7 @@ def test_graph_without_files_is_refused(folder: Path) -> None:
     error = change_manifest(
         folder, lambda manifest: manifest["graphs"][0].update(folder="graphs/none")
     )
-    assert f"graphs/none/{TERMS_GRAPH} is not listed" in text_of(error)
+    assert f"graphs/none/{BODY_GRAPH} is not listed" in text_of(error)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seqloss.bundle.manifest import ALL_TERMS_GRAPH, TERMS_GRAPH
 from seqloss.engines import torch_engine
 from seqloss.engines.layout import padded
 from seqloss.engines.torch_engine import TorchEngine
@@ -50,19 +49,20 @@ def test_terms_are_float32_and_in_order(engine: TorchEngine) -> None:
     assert terms.entropy is None
 
 
-@pytest.mark.parametrize("name", [TERMS_GRAPH, ALL_TERMS_GRAPH])
-def test_a_graph_moves_whole_to_another_device(name: str, bundle_of: Any) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_graph_moves_whole_to_another_device(precision: Any, bundle_of: Any) -> None:
     """The meta device computes shapes alone, and fails on any tensor left behind on the CPU."""
     bundle = bundle_of("marian")
     device = torch.device("meta")
-    weights = {key: tensor.to(device) for key, tensor in load_file(bundle.weights_path).items()}
-    for alias, stored in bundle.manifest.weight_aliases.items():
-        weights[alias] = weights[stored]
-    archive = bundle.graph_archive(bundle.manifest.graphs[0], name)
-    module = torch_engine._module(archive, weights, device)
-    outputs = module(*(torch.from_numpy(array).to(device) for array in padded(small_batch())))
-    assert len(outputs) == (2 if name == TERMS_GRAPH else 4)
-    assert all(output.device == device and output.shape == (4,) for output in outputs)
+    archive = bundle.graph_archive(bundle.manifest.graph("torch", precision))
+    with torch_engine._Weights(bundle, torch.device("cpu")) as weights:
+        weights.get = lambda name, dtype, get=weights.get: get(name, dtype).to(device)
+        module = torch_engine._module(archive, weights, device)
+    *inputs, _ = (torch.from_numpy(array).to(device) for array in padded(small_batch()))
+    hidden = module(*inputs)
+    assert hidden.device == device
+    assert hidden.shape == (4, 32)
+    assert hidden.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_errors_of_the_device_are_told_apart(
     def fail(*_: Any) -> Any:
         raise raised
 
-    engine._terms = fail
+    engine._body = fail
     with pytest.raises(expected):
         engine.score(small_batch())
 
@@ -98,14 +98,8 @@ def test_tied_weights_are_stored_and_loaded_once(bundle_of: Any, engine: TorchEn
     assert manifest.weight_aliases
     stored = load_file(bundle_of("marian").weights_path)
     assert not set(manifest.weight_aliases) & set(stored)
-    terms, all_terms = engine._terms.state_dict(), engine._all_terms.state_dict()
-    for alias, name in manifest.weight_aliases.items():
-        tied = {
-            state[key].data_ptr()
-            for state in (terms, all_terms)
-            for key in (alias, name)
-            if key in state
-        }
-        assert len(tied) == 1
-    both = zip(terms.values(), all_terms.values(), strict=True)
-    assert all(one.data_ptr() == other.data_ptr() for one, other in both)
+    state = engine._body.state_dict() | {"output.weight": engine._projection.weight}
+    tied = [name for name in manifest.weight_aliases if name in state]
+    assert tied
+    for name in tied:
+        assert state[name].data_ptr() == state[manifest.weight_aliases[name]].data_ptr()

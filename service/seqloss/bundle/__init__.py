@@ -2,7 +2,6 @@
 
 manifest.json        what it is, digests of every other file, the self-test
 weights.safetensors  each tensor once; graphs of every precision take their weights from here
-graphs/<engine>-<precision>/terms.pt2       target_logprob, mean_logprob
-graphs/<engine>-<precision>/all_terms.pt2   these, and rank and entropy
+graphs/<engine>-<precision>/body.pt2   the model up to its output layer: ids in, hidden states out
 tokenizer/           where the checkpoint has one
 """

@@ -181,7 +181,7 @@ def _operator_fault(target: Any) -> str | None:
             return None
         case ["torch", name] if name in _TORCH:
             return None
-    return f"calls {str(target)[:80]!r}, which is not an operator that a loss graph may use"
+    return f"calls {str(target)[:80]!r}, which is not an operator that a bundle may use"
 
 
 def _expression_fault(text: Any) -> str | None:

@@ -14,8 +14,7 @@ from seqloss.records import BoolArray
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.safetensors"
-TERMS_GRAPH = "terms.pt2"
-ALL_TERMS_GRAPH = "all_terms.pt2"
+BODY_GRAPH = "body.pt2"
 TOKENIZER_FOLDER = "tokenizer"
 
 EngineName = Literal["torch"]
@@ -95,7 +94,7 @@ class Languages(_Strict):
 
 
 class Graph(_Strict):
-    """One exported loss graph, with the error it was measured to have.
+    """One exported graph of the model's body, with the error that losses were measured to have.
 
     Errors are absolute differences of token nlls, in nats, against transformers in float32 on the
     self-test's pairs.
@@ -144,6 +143,8 @@ class Manifest(_Strict):
     languages: Languages | None = None
     max_source_tokens: PositiveInt | None
     max_target_tokens: PositiveInt | None
+    softcap: float | None = Field(None, gt=0)
+    """The bound that the model squashes its logits to, by `softcap * tanh(logits / softcap)`."""
     weight_aliases: dict[str, str]
     """Names that share a stored tensor, such as tied embeddings: alias to stored name."""
     graphs: list[Graph] = Field(min_length=1)

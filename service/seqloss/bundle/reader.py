@@ -12,10 +12,9 @@ from pydantic import ValidationError
 
 from seqloss.bundle.graph_archive import checked
 from seqloss.bundle.manifest import (
-    ALL_TERMS_GRAPH,
+    BODY_GRAPH,
     MANIFEST_NAME,
     SCHEMA_VERSION,
-    TERMS_GRAPH,
     WEIGHTS_NAME,
     Graph,
     Manifest,
@@ -45,13 +44,13 @@ class Bundle:
         """The safetensors file that all graphs share."""
         return self.folder / WEIGHTS_NAME
 
-    def graph_archive(self, graph: Graph, name: str) -> bytes:
-        """A graph's program, read, held against its digest and checked.
+    def graph_archive(self, graph: Graph) -> bytes:
+        """The program of a graph, read, held against its digest and checked.
 
         Raises:
             BundleError: the file was changed since the bundle was opened, or could run code.
         """
-        path = f"{graph.folder}/{name}"
+        path = f"{graph.folder}/{BODY_GRAPH}"
         content = (self.folder / path).read_bytes()
         if hashlib.sha256(content).hexdigest() != self.manifest.files[path].sha256:
             raise BundleError(f"{self.folder / path} changed while it was read")
@@ -109,11 +108,7 @@ def _parse(folder: Path, content: bytes) -> Manifest:
 
 def _layout_faults(manifest: Manifest) -> list[str]:
     """What the manifest must say for the rest of the program to take it at its word."""
-    graphs = [
-        f"{graph.folder}/{name}"
-        for graph in manifest.graphs
-        for name in (TERMS_GRAPH, ALL_TERMS_GRAPH)
-    ]
+    graphs = [f"{graph.folder}/{BODY_GRAPH}" for graph in manifest.graphs]
     faults = [
         f"{name} is not listed" for name in (WEIGHTS_NAME, *graphs) if name not in manifest.files
     ]

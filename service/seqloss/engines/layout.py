@@ -12,7 +12,7 @@ from seqloss.records import Batch, Int64Array, Ragged
 
 @dataclass(frozen=True, slots=True)
 class PaddedInputs:
-    """The inputs of the exported loss graph, in its order; all int64.
+    """The inputs of the exported graph in its order, and the labels; all int64.
 
     Attributes:
         source_ids: Shape: (U, S).
@@ -32,6 +32,10 @@ class PaddedInputs:
 
     def __iter__(self) -> Iterator[Int64Array]:
         return (getattr(self, name) for name in self.__slots__)
+
+
+# What the graph takes; labels are the head's.
+BODY_INPUTS = ("source_ids", "source_mask", "source_row", "decoder_input_ids", "token_index")
 
 
 def padded(batch: Batch, source_multiple: int = 1) -> PaddedInputs:

@@ -1,42 +1,48 @@
-"""Runs an exported loss graph in Torch, on a CPU or an NVIDIA GPU."""
+"""Runs an exported model in Torch, on a CPU or an NVIDIA GPU, with our loss head on top."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 
-from seqloss.bundle.manifest import ALL_TERMS_GRAPH, TERMS_GRAPH, Graph, Precision
+from seqloss.bundle.manifest import Graph, Precision
 from seqloss.bundle.reader import Bundle
 from seqloss.engines.base import EngineInfo
-from seqloss.engines.layout import PaddedInputs, padded
+from seqloss.engines.layout import BODY_INPUTS, padded
 from seqloss.errors import (
     BundleError,
     ConfigurationError,
     EngineDeadError,
     OutOfMemoryError,
 )
+from seqloss.loss.head import OutputProjection, token_terms
 from seqloss.records import Batch, TokenTerms
+
+# Tokens and classes that the head projects at a time. On a CPU the smallest blocks of classes were
+# the fastest, since they stay in the cache; a GPU wants kernels large enough to fill it.
+_BLOCKS = {"cpu": (1024, 1024), "cuda": (4096, 8192)}
 
 
 class TorchEngine:
-    """One bundle's loss graphs on one device; see `seqloss.engines.base.Engine`."""
+    """One bundle's model on one device; see `seqloss.engines.base.Engine`."""
 
     def __init__(self, bundle: Bundle, graph: Graph, device: str) -> None:
-        """Loads weights and graphs.
+        """Loads weights and a graph.
 
         Raises:
-            BundleError: the graphs and the weights do not belong together.
+            BundleError: the graph and the weights do not belong together.
             ConfigurationError: there is no such device.
         """
         self._device = device_named(device)
         self._source_multiple = graph.source_multiple
-        self._terms, self._all_terms = _load(bundle, graph, self._device)
+        self._token_block, self._vocabulary_block = _BLOCKS.get(self._device.type, _BLOCKS["cpu"])
+        self._body, self._projection = _load(bundle, graph, self._device)
         self._info = EngineInfo("torch", str(self._device), graph.precision, torch.__version__)
 
     @property
@@ -46,17 +52,24 @@ class TorchEngine:
 
     def score(self, batch: Batch) -> TokenTerms:
         """See `Engine.score`."""
-        graph = self._all_terms if batch.with_ranks_and_entropies else self._terms
         with _device_errors(), torch.inference_mode():
-            inputs = [
+            *inputs, labels = [
                 torch.from_numpy(array).to(self._device)
                 for array in padded(batch, self._source_multiple)
             ]
-            return TokenTerms(*(output.cpu().numpy() for output in graph(*inputs)))
+            terms = token_terms(
+                self._body(*inputs),
+                self._projection,
+                labels,
+                with_ranks_and_entropies=batch.with_ranks_and_entropies,
+                vocabulary_block=self._vocabulary_block,
+                token_block=self._token_block,
+            )
+            return TokenTerms(*(term.cpu().numpy() for term in terms))
 
     def close(self) -> None:
         """Frees the device's memory."""
-        del self._terms, self._all_terms
+        del self._body, self._projection
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -110,19 +123,25 @@ def precisions_by_speed(device: torch.device) -> tuple[Precision, ...]:
     return (*found, "float32")
 
 
-def _load(bundle: Bundle, graph: Graph, device: torch.device) -> tuple[Any, Any]:
+def _load(
+    bundle: Bundle, graph: Graph, device: torch.device
+) -> tuple[Callable[..., torch.Tensor], OutputProjection]:
     try:
         with _Weights(bundle, device) as weights:
-            return (
-                _module(bundle.graph_archive(graph, TERMS_GRAPH), weights, device),
-                _module(bundle.graph_archive(graph, ALL_TERMS_GRAPH), weights, device),
+            projection = OutputProjection(
+                weights.get("output.weight", getattr(torch, graph.precision)),
+                weights.get("output.bias", torch.float32),
+                weights.get("output.mean_weight", torch.float32),
+                weights.get("output.mean_bias", torch.float32),
+                bundle.manifest.softcap,
             )
+            return _module(bundle.graph_archive(graph), weights, device), projection
     except (BundleError, torch.OutOfMemoryError):
         raise
     # A program that is malformed in a harmless way fails with whatever Torch stumbles over.
     except Exception as error:
         raise BundleError(
-            f"{bundle.folder} has graphs or weights that do not load: {error}"
+            f"{bundle.folder} has a graph or weights that do not load: {error}"
         ) from error
 
 
@@ -145,10 +164,10 @@ class _Weights(AbstractContextManager["_Weights"]):
         self._file.__exit__(None, None, None)
 
 
-def _module(archive: bytes, weights: _Weights, device: torch.device) -> Any:
+def _module(archive: bytes, weights: _Weights, device: torch.device) -> Callable[..., torch.Tensor]:
     """The program as a callable module on the given weights."""
     program = torch.export.load(io.BytesIO(archive))
-    expected = list(PaddedInputs.__slots__)
+    expected = list(BODY_INPUTS)
     if list(program.graph_signature.user_inputs) != expected:
         raise BundleError(
             f"a graph takes {list(program.graph_signature.user_inputs)}, not {expected}"
@@ -167,7 +186,7 @@ def _module(archive: bytes, weights: _Weights, device: torch.device) -> Any:
         for name, placeholder in module.state_dict().items()
     }
     module.load_state_dict(state, assign=True)
-    return module
+    return cast("Callable[..., torch.Tensor]", module)
 
 
 @contextmanager

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from seqloss import __version__
 from seqloss.bundle.manifest import (
-    ALL_TERMS_GRAPH,
+    BODY_GRAPH,
     SCHEMA_VERSION,
-    TERMS_GRAPH,
     TOKENIZER_FOLDER,
     WEIGHTS_NAME,
     Checkpoint,
@@ -33,7 +32,7 @@ from seqloss.bundle.writer import new_bundle, refuse_unless_free, seal
 from seqloss.engines.self_test import require_limits, self_test_errors
 from seqloss.engines.torch_engine import TorchEngine
 from seqloss.errors import CheckpointError
-from seqloss.export.graph import LossGraph, capture, distinct, embeddings_of
+from seqloss.export.graph import Body, capture, distinct, embeddings_of, projection_of, softcap_of
 from seqloss.export.huggingface import LoadedCheckpoint, load_checkpoint
 from seqloss.export.precision import lowered
 from seqloss.export.reference import make_self_test
@@ -152,7 +151,13 @@ def _write_graphs(
     """Writes the graphs and the weights that they share; returns the weights' aliases."""
     multiple = checkpoint.family.source_multiple(checkpoint.model.config)
     excluded = [int(index) for index in np.flatnonzero(vocabulary.excluded)]
-    state: dict[str, Tensor] = {}
+    projection = projection_of(checkpoint.model, excluded)
+    state: dict[str, Tensor] = {
+        "output.weight": projection.weight,
+        "output.bias": projection.bias,
+        "output.mean_weight": projection.mean_weight,
+        "output.mean_bias": projection.mean_bias,
+    }
     graphs = []
     for precision in options.precisions:
         graph = Graph(
@@ -168,15 +173,13 @@ def _write_graphs(
             mean_tolerance=1.0,
         )
         (folder / graph.folder).mkdir(parents=True)
-        for name, all_terms in ((TERMS_GRAPH, False), (ALL_TERMS_GRAPH, True)):
-            module = LossGraph(checkpoint.model, excluded, with_ranks_and_entropies=all_terms)
-            originals = module.state_dict()
-            widen = checkpoint.family.widens
-            with lowered(module, getattr(torch, precision), widen=widen):
-                captured = capture(module, multiple)
-            (folder / graph.folder / name).write_bytes(captured.archive)
-            # Weights of every precision are cast from the checkpoint's own when they are loaded.
-            state |= {key: originals.get(key, made) for key, made in captured.state.items()}
+        body = Body(checkpoint.model)
+        originals = body.state_dict()
+        with lowered(body, getattr(torch, precision), widen=checkpoint.family.widens):
+            captured = capture(body, multiple)
+        (folder / graph.folder / BODY_GRAPH).write_bytes(captured.archive)
+        # Weights of every precision are cast from the checkpoint's own when they are loaded.
+        state |= {key: originals.get(key, made) for key, made in captured.state.items()}
         graphs.append(graph)
     stored, aliases = distinct(state)
     save_file(stored, folder / WEIGHTS_NAME)
@@ -211,6 +214,7 @@ def _manifest(
         languages=checkpoint.languages,
         max_source_tokens=max_source_tokens,
         max_target_tokens=max_target_tokens,
+        softcap=softcap_of(checkpoint.model),
         weight_aliases=aliases,
         graphs=graphs,
         self_test=self_test,

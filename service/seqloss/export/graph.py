@@ -1,4 +1,4 @@
-"""The loss graph: a transformers body with our head on top, captured with `torch.export`."""
+"""The model up to its output layer, captured with `torch.export`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from seqloss.bundle.graph_archive import distil
 from seqloss.errors import BundleError, CheckpointError
 from seqloss.export.families import FAMILIES
-from seqloss.loss.head import VOCABULARY_BLOCK, OutputProjection, block_terms, output_projection
+from seqloss.loss.head import OutputProjection, output_projection
 
 _DYNAMIC_SHAPES = (
     {0: Dim.AUTO, 1: Dim.AUTO},  # source_ids
@@ -24,33 +24,16 @@ _DYNAMIC_SHAPES = (
     {0: Dim.AUTO},  # source_row
     {0: Dim.AUTO, 1: Dim.AUTO},  # decoder_input_ids
     {0: Dim.AUTO},  # token_index
-    {0: Dim.AUTO},  # labels
 )
 
 
-class LossGraph(nn.Module):
-    """Encoder once per unique source, decoder per target, terms per counted token."""
+class Body(nn.Module):
+    """Encoder once per unique source, decoder per target, hidden states of counted tokens."""
 
-    def __init__(
-        self, model: Any, excluded_classes: list[int], *, with_ranks_and_entropies: bool
-    ) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
         self._family = FAMILIES[model.config.model_type]
-        layer = self._family.output_layer(model)
-        projection = output_projection(layer.weight, _output_bias(model, layer), excluded_classes)
-        self.output_bias: Tensor
-        self.output_mean_weight: Tensor
-        self.output_mean_bias: Tensor
-        # A layer, so that what lowers the linear layers of the body lowers it too.
-        classes, width = projection.weight.shape
-        self.output = nn.Linear(width, classes, bias=False, device="meta")
-        self.output.weight = nn.Parameter(projection.weight.detach(), requires_grad=False)
-        self.register_buffer("output_bias", projection.bias)
-        self.register_buffer("output_mean_weight", projection.mean_weight)
-        self.register_buffer("output_mean_bias", projection.mean_bias)
-        self._softcap = softcap_of(model.config)
-        self._with_ranks_and_entropies = with_ranks_and_entropies
         # Buffers that transformers makes anew at load, such as sinusoids, are weights of a bundle.
         for module in self.modules():
             module._non_persistent_buffers_set.clear()
@@ -62,9 +45,11 @@ class LossGraph(nn.Module):
         source_row: Tensor,
         decoder_input_ids: Tensor,
         token_index: Tensor,
-        labels: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """See `seqloss.engines.layout.PaddedInputs` and `seqloss.records.TokenTerms`."""
+    ) -> Tensor:
+        """What the output layer is given, of counted tokens only. Shape: (K, D), float32.
+
+        For the inputs see `seqloss.engines.layout.PaddedInputs`.
+        """
         encoder = self.model.get_encoder()
         encoded = encoder(
             **ids_or_embeddings(encoder, source_ids, embed=self._family.embeds_ids),
@@ -77,21 +62,7 @@ class LossGraph(nn.Module):
             decoder_input_ids,
         )
         # The causal mask keeps a target's padding, which follows it, away from its own tokens.
-        hidden = decoded.flatten(0, 1).index_select(0, token_index)  # (K, D)
-        projection = OutputProjection(
-            self.output.weight,
-            self.output_bias,
-            self.output_mean_weight,
-            self.output_mean_bias,
-            self._softcap,
-        )
-        return block_terms(
-            hidden.float(),
-            projection,
-            labels,
-            with_ranks_and_entropies=self._with_ranks_and_entropies,
-            vocabulary_block=VOCABULARY_BLOCK,
-        )
+        return decoded.flatten(0, 1).index_select(0, token_index).float()  # (K, D)
 
     def _decoded(self, encoded: Tensor, mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
         """What the model hands to its output layer. Shape: (B, T, D).
@@ -134,12 +105,6 @@ def embeddings_of(part: Any) -> Any:
     return part.embed_tokens if hasattr(part, "embed_tokens") else part.get_input_embeddings()
 
 
-def softcap_of(config: Any) -> float | None:
-    """The bound that a family's logits are squashed to, by `bound * tanh(logits / bound)`."""
-    softcap: float | None = getattr(config.get_text_config(True), "final_logit_softcapping", None)
-    return softcap
-
-
 class Captured(NamedTuple):
     """A graph without weights, and the weights that it reads, by their names."""
 
@@ -147,11 +112,11 @@ class Captured(NamedTuple):
     state: dict[str, Tensor]
 
 
-def capture(graph: LossGraph, source_multiple: int = 1) -> Captured:
+def capture(body: Body, source_multiple: int = 1) -> Captured:
     """The graph as a `torch.export` archive, and its weights.
 
     Args:
-        graph: the loss graph, in the precision that its weights have.
+        body: in the precision that its weights have.
         source_multiple: source lengths are multiples of this, and at least two of them.
 
     Raises:
@@ -162,7 +127,7 @@ def capture(graph: LossGraph, source_multiple: int = 1) -> Captured:
     with warnings.catch_warnings(), torch.no_grad(), one_hot:
         warnings.simplefilter("ignore")
         program = torch.export.export(
-            graph.eval(),
+            body.eval(),
             _example_inputs(source_multiple),
             dynamic_shapes=_DYNAMIC_SHAPES,
             strict=False,
@@ -247,13 +212,25 @@ def distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
     return stored, aliases
 
 
-def _output_bias(model: Any, layer: Any) -> Tensor | None:
+def projection_of(model: Any, excluded_classes: list[int]) -> OutputProjection:
+    """The model's output layer, for the head."""
+    layer = FAMILIES[model.config.model_type].output_layer(model)
     biases = [
         bias.detach().float().flatten()
         for bias in (getattr(model, "final_logits_bias", None), getattr(layer, "bias", None))
         if bias is not None
     ]
-    return torch.stack(biases).sum(0) if biases else None
+    bias = torch.stack(biases).sum(0) if biases else None
+    projection = output_projection(layer.weight.detach(), bias, excluded_classes)
+    return projection._replace(softcap=softcap_of(model))
+
+
+def softcap_of(model: Any) -> float | None:
+    """The bound that the model squashes its logits to, where it does."""
+    softcap: float | None = getattr(
+        model.config.get_text_config(True), "final_logit_softcapping", None
+    )
+    return softcap
 
 
 def _example_inputs(source_multiple: int) -> tuple[Tensor, ...]:
@@ -266,5 +243,4 @@ def _example_inputs(source_multiple: int) -> tuple[Tensor, ...]:
         torch.zeros(num_targets, dtype=torch.int64),
         torch.zeros(num_targets, target_length, dtype=torch.int64),
         torch.arange(num_tokens),
-        torch.zeros(num_tokens, dtype=torch.int64),
     )

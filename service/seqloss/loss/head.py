@@ -87,7 +87,7 @@ def token_terms(
         float32, in nats.
     """
     blocks = [
-        block_terms(
+        _block_terms(
             h,
             projection,
             y,
@@ -101,7 +101,7 @@ def token_terms(
     return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
 
-def block_terms(
+def _block_terms(
     hidden: Tensor,
     projection: OutputProjection,
     labels: Tensor,
@@ -109,9 +109,7 @@ def block_terms(
     with_ranks_and_entropies: bool,
     vocabulary_block: int,
 ) -> tuple[Tensor, ...]:
-    """`token_terms` for so few tokens that one block holds them: its loops have fixed bounds.
-
-    This is what an exported graph contains; the engine bounds K by its token budget.
+    """`token_terms` for so few tokens that one block holds them.
 
     The sum over the *other* classes is accumulated, `lse_other`, and `nll = softplus(lse_other -
     z_y)` with z_y a float32 dot product of its own.  So nll is never negative, whatever the
@@ -119,57 +117,101 @@ def block_terms(
     large numbers.
     """
     weight, bias, mean_weight, mean_bias, softcap = projection
-    low = hidden.to(weight.dtype)
+    num_tokens, num_blocks = len(hidden), -(-len(weight) // vocabulary_block)
     target_rows = weight.index_select(0, labels)
-    target_logit = _capped((hidden * target_rows).sum(-1), softcap) + bias.index_select(0, labels)
+    target_logit = _capped_((hidden * target_rows).sum(-1), softcap) + bias.index_select(0, labels)
 
-    lse_parts, entropy_parts, sums = [], [], []
+    # One block of logits at a time lives, in memory that is taken once: allocators keep blocks that
+    # come and go beside small tensors that stay, up to gigabytes of them.
+    workspace = _Workspace(hidden, weight.dtype, vocabulary_block)
+    lse_of_blocks = hidden.new_empty(num_tokens, num_blocks)
+    entropy_of_blocks = torch.empty_like(lse_of_blocks) if with_ranks_and_entropies else None
     rank = torch.zeros_like(labels)
-    for start in range(0, len(weight), vocabulary_block):
-        rows, biases = (whole[start : start + vocabulary_block] for whole in (weight, bias))
-        logits = _logits(low, rows, biases, softcap)  # (K, block), float32
+    logit_sum = hidden.new_zeros(num_tokens)
+    for block in range(num_blocks):
+        first = block * vocabulary_block
+        rows, biases = (whole[first : first + vocabulary_block] for whole in (weight, bias))
+        logits = workspace.logits(rows, biases, softcap)
         if softcap is not None:
-            sums.append((logits * (biases > ABSENT)).sum(-1))
-        _remove_labels_(logits, labels - start)
-        lse_parts.append(logits.logsumexp(-1))
-        if with_ranks_and_entropies:
-            rank = rank + (logits > target_logit[:, None]).sum(-1)
-            surprise = lse_parts[-1][:, None] - logits
-            entropy_parts.append((torch.exp(-surprise) * surprise).sum(-1))
+            logit_sum += logits @ (biases > ABSENT).float()
+        _remove_labels_(logits, labels - first)
+        if entropy_of_blocks is not None:
+            rank += workspace.count_above(logits, target_logit)
+        largest = logits.amax(-1)
+        logits.sub_(largest[:, None])
+        exp = workspace.exp(logits, keep_logits=entropy_of_blocks is not None)
+        total = exp.sum(-1)
+        log_total = total.log()
+        lse_of_blocks[:, block] = largest + log_total
+        if entropy_of_blocks is not None:
+            # log p = logit - largest - log_total, and neither of the two terms is negative.
+            entropy_of_blocks[:, block] = log_total - exp.mul_(logits).sum(-1) / total
 
-    lse_of_blocks = torch.stack(lse_parts, dim=-1)  # (K, blocks)
     lse_other = lse_of_blocks.logsumexp(-1)
     nll = softplus(lse_other - target_logit)
     # A softcap is no linear function, and the mean of its logits has to be summed up.
     mean_logit = (
-        hidden @ mean_weight + mean_bias
-        if softcap is None
-        else torch.stack(sums).sum(0) / (bias > ABSENT).sum()
+        hidden @ mean_weight + mean_bias if softcap is None else logit_sum / (bias > ABSENT).sum()
     )
     mean_logprob = mean_logit - (target_logit + nll)
-    if not with_ranks_and_entropies:
+    if entropy_of_blocks is None:
         return -nll, mean_logprob
 
     # By the chain rule: which block, given another class; then whether the target or another one.
     # All terms are positive, so that nothing cancels.
     surprise = lse_other[:, None] - lse_of_blocks
-    entropy_of_blocks = torch.stack(entropy_parts, dim=-1)
     entropy_other = (torch.exp(-surprise) * (surprise + entropy_of_blocks)).sum(-1)
     nll_other = softplus(target_logit - lse_other)
     entropy = torch.exp(-nll) * nll + torch.exp(-nll_other) * (nll_other + entropy_other)
     return -nll, mean_logprob, rank.int(), entropy
 
 
-def _logits(hidden: Tensor, rows: Tensor, bias: Tensor, softcap: float | None) -> Tensor:
-    """Shape: (K, block), float32, and a tensor of its own that may be written to."""
-    if softcap is None and rows.dtype == torch.float32:
-        return torch.addmm(bias, hidden, rows.t())
-    # Products of 16 bits are widened by the addition of the float32 bias.
-    return _capped(torch.mm(hidden, rows.t()), softcap) + bias
+class _Workspace:
+    """Memory for one block of logits, and what is computed with it in place."""
+
+    def __init__(self, hidden: Tensor, dtype: torch.dtype, vocabulary_block: int) -> None:
+        self._hidden = hidden.to(dtype)
+        size = len(hidden) * vocabulary_block
+        self._logits = hidden.new_empty(size)
+        self._products = self._logits if dtype == hidden.dtype else self._hidden.new_empty(size)
+        self._exp: Tensor | None = None
+        self._above: Tensor | None = None
+
+    def logits(self, rows: Tensor, bias: Tensor, softcap: float | None) -> Tensor:
+        """Shape: (K, block), float32."""
+        logits, products = (
+            memory[: len(self._hidden) * len(rows)].view(-1, len(rows))
+            for memory in (self._logits, self._products)
+        )
+        if softcap is None and rows.dtype == torch.float32:
+            return torch.addmm(bias, self._hidden, rows.t(), out=logits)
+        torch.mm(self._hidden, rows.t(), out=products)
+        if softcap is None:
+            # The addition of the float32 bias widens products of 16 bits.
+            return torch.add(products, bias, out=logits)
+        if products.dtype != torch.float32:
+            logits.copy_(products)
+        return _capped_(logits, softcap).add_(bias)
+
+    def exp(self, logits: Tensor, *, keep_logits: bool) -> Tensor:
+        """Shape: (K, block); in place, unless the logits are needed once more."""
+        if not keep_logits:
+            return logits.exp_()
+        if self._exp is None:
+            self._exp = torch.empty_like(self._logits)
+        return torch.exp(logits, out=self._exp[: logits.numel()].view_as(logits))
+
+    def count_above(self, logits: Tensor, target_logit: Tensor) -> Tensor:
+        """How many logits are greater than each token's target's. Shape: (K,), int64."""
+        if self._above is None:
+            self._above = torch.empty_like(self._logits, dtype=torch.bool)
+        above = self._above[: logits.numel()].view_as(logits)
+        return torch.gt(logits, target_logit[:, None], out=above).sum(-1)
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else torch.tanh(logits.float() / softcap) * softcap
+def _capped_(logits: Tensor, softcap: float | None) -> Tensor:
+    """In place."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _remove_labels_(logits: Tensor, labels: Tensor) -> None:
