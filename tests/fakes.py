@@ -27,7 +27,7 @@ MAX_TOKENS = 12
 def fake_manifest(**changes: object) -> Manifest:
     """A model with 50 ids, decoder start 49, pad 1, at most 12 tokens on each side."""
     fields: dict[str, object] = {
-        "schema_version": 1,
+        "schema_version": 2,
         "seqloss_version": "0",
         "family": "fake",
         "checkpoint": Checkpoint(name="fake", digest="0" * 64),

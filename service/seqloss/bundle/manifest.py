@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 
 from seqloss.records import BoolArray
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.safetensors"
 BODY_GRAPH = "body.pt2"
@@ -134,7 +134,7 @@ class File(_Strict):
 class Manifest(_Strict):
     """The whole of manifest.json."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     seqloss_version: str
     family: str
     checkpoint: Checkpoint
