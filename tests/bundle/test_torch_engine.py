@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seqloss.engines import torch_engine
+from seqloss.engines import cpu_linear, torch_engine
 from seqloss.engines.layout import padded
+from seqloss.engines.self_test import self_test_errors
 from seqloss.engines.torch_engine import TorchEngine
 from seqloss.errors import ConfigurationError, EngineDeadError, OutOfMemoryError
 from seqloss.records import Batch, Ragged
@@ -103,3 +104,33 @@ def test_tied_weights_are_stored_and_loaded_once(bundle_of: Any, engine: TorchEn
     assert tied
     for name in tied:
         assert state[name].data_ptr() == state[manifest.weight_aliases[name]].data_ptr()
+
+
+def test_linear_layers_are_laid_out_once_on_a_cpu(
+    bundle_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses but for rounding, on weights that are not held twice."""
+    if not cpu_linear.is_available():
+        pytest.skip("this CPU does not multiply in bfloat16")
+    bundle = bundle_of("marian")
+    graph = bundle.manifest.graph("torch", "bfloat16")
+    packed = TorchEngine(bundle, graph, "cpu")
+    monkeypatch.setattr(cpu_linear, "is_available", lambda: False)
+    plain = TorchEngine(bundle, graph, "cpu")
+    errors = [self_test_errors(engine, bundle.manifest) for engine in (packed, plain)]
+    assert errors[0].mean() <= 1.5 * errors[1].mean()
+
+    def targets(engine: TorchEngine) -> list[Any]:
+        return [node.target for node in engine._body.graph.nodes]
+
+    linear, silu, cast = (
+        torch.ops.aten.linear.default,
+        torch.ops.aten.silu.default,
+        torch.ops.aten.to.dtype,
+    )
+    assert targets(plain).count(linear) == 32  # 2 layers of 6 and 2 of 10
+    assert not {linear, silu} & set(targets(packed))
+    assert targets(packed).count(cast) < targets(plain).count(cast)
+    lowered = [tensor for tensor in plain._body.state_dict().values() if tensor.dim() == 2]
+    left = [tensor for tensor in packed._body.state_dict().values() if tensor.dim() == 2]
+    assert len(left) == len(lowered) - 32

@@ -6,13 +6,15 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.fx import GraphModule
 
 from seqloss.bundle.manifest import Graph, Precision
 from seqloss.bundle.reader import Bundle
+from seqloss.engines import cpu_linear
 from seqloss.engines.base import EngineInfo
 from seqloss.engines.layout import BODY_INPUTS, padded
 from seqloss.errors import (
@@ -135,7 +137,11 @@ def _load(
                 weights.get("output.mean_bias", torch.float32),
                 bundle.manifest.softcap,
             )
-            return _module(bundle.graph_archive(graph), weights, device), projection
+            body = _module(bundle.graph_archive(graph), weights, device)
+        if device.type == "cpu" and graph.precision == "bfloat16" and cpu_linear.is_available():
+            with torch.no_grad():
+                cpu_linear.prepack(body)
+        return body, projection
     except (BundleError, torch.OutOfMemoryError):
         raise
     # A program that is malformed in a harmless way fails with whatever Torch stumbles over.
@@ -164,7 +170,7 @@ class _Weights(AbstractContextManager["_Weights"]):
         self._file.__exit__(None, None, None)
 
 
-def _module(archive: bytes, weights: _Weights, device: torch.device) -> Callable[..., torch.Tensor]:
+def _module(archive: bytes, weights: _Weights, device: torch.device) -> GraphModule:
     """The program as a callable module on the given weights."""
     program = torch.export.load(io.BytesIO(archive))
     expected = list(BODY_INPUTS)
@@ -186,7 +192,7 @@ def _module(archive: bytes, weights: _Weights, device: torch.device) -> Callable
         for name, placeholder in module.state_dict().items()
     }
     module.load_state_dict(state, assign=True)
-    return cast("Callable[..., torch.Tensor]", module)
+    return module
 
 
 @contextmanager
