@@ -51,9 +51,8 @@ class Settings(BaseSettings):
 
     max_batch_tokens: int = Field(4096, ge=16)
     """Padded tokens of a micro-batch, sources and targets together. More fill a GPU better; fewer
-    let an interactive request wait less behind a bulk one, and bound the memory: the loss head
-    holds some 20 KiB per target token, whatever the vocabulary. A single pair above it goes
-    alone."""
+    let an interactive request wait less behind a bulk one, and bound the memory of hidden states
+    and attention; the loss head's is bounded by itself. A single pair above it goes alone."""
 
     max_batch_pairs: int = Field(512, ge=1)
     """Targets of a micro-batch. Bounds the attention of very short pairs."""

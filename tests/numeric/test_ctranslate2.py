@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.scorers.with_ctranslate2 import _convert, _tokens
+from benchmarks.scorers.with_ctranslate2 import convert, tokens_of
 from checkpoints import MAX_POSITIONS, VOCABULARY_SIZE, make_model
 from numeric.reference import random_pairs
 from seqloss.bundle.reader import open_bundle
@@ -47,11 +47,11 @@ def nlls_by_ctranslate2(
 ) -> list[np.ndarray]:
     """Token nlls of targets that end with the end of sentence."""
     converted = checkpoint.parent / "converted"
-    _convert(checkpoint, converted)
+    convert(checkpoint, converted)
     translator = ctranslate2.Translator(
         str(converted), device="cpu", compute_type="float32", intra_threads=1
     )
-    tokens = _tokens(config)
+    tokens = tokens_of(config)
     results = translator.score_batch(
         [[tokens[value] for value in row] for row in sources],
         # It adds the end of sentence to targets, and to targets only.

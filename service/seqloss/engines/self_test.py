@@ -18,7 +18,8 @@ _MAX_PROBE_TOKENS = 1024
 def self_test_errors(engine: Engine, manifest: Manifest) -> Float64Array:
     """Absolute differences of token nlls, in nats: all pairs in one batch, then each one alone.
 
-    Both graphs are run. Shape: (tokens of all these,), float64; NaN where a nll is not finite.
+    Each is scored without and with ranks and entropies. Shape: (tokens of all these,), float64;
+    NaN where a nll is not finite.
     """
     test = manifest.self_test
     start = manifest.special_ids.decoder_start

@@ -1,4 +1,4 @@
-"""What each family of transformers needs beyond its own code to be captured as a loss graph.
+"""What each family of transformers needs beyond its own code to be captured as a graph.
 
 A family that is not named here may well export; it is refused until a test compares its losses.
 """

@@ -26,11 +26,11 @@ def make(setup: Setup, precision: str) -> Scorer:
 class _WithCTranslate2:
     def __init__(self, setup: Setup, precision: str) -> None:
         if not (setup.ctranslate2 / "model.bin").is_file():
-            in_own_process(_convert, setup.checkpoint, setup.ctranslate2)
+            in_own_process(convert, setup.checkpoint, setup.ctranslate2)
         self._setup = setup
         self._precision = precision
         self._setting = self.candidates[0]
-        self._tokens = _tokens(AutoConfig.from_pretrained(setup.checkpoint))
+        self._tokens = tokens_of(AutoConfig.from_pretrained(setup.checkpoint))
         self._translator = self._loaded()
 
     def _loaded(self) -> Any:
@@ -81,7 +81,7 @@ class _WithCTranslate2:
         """The process ends."""
 
 
-def _convert(checkpoint: Path, output: Path) -> None:
+def convert(checkpoint: Path, output: Path) -> None:
     """Writes CTranslate2's form of a checkpoint, in float32; it is quantised when it is loaded."""
     _Converter(str(checkpoint)).convert(str(output), force=True)
 
@@ -92,7 +92,7 @@ class _Converter(TransformersConverter):  # type: ignore[misc]
     def load_tokenizer(self, _class: Any, folder: str, **_: Any) -> Any:
         """What the converter asks of a tokenizer."""
         config = AutoConfig.from_pretrained(folder)
-        tokens = _tokens(config)
+        tokens = tokens_of(config)
         return SimpleNamespace(
             get_vocab=lambda: {token: index for index, token in enumerate(tokens)},
             convert_ids_to_tokens=tokens.__getitem__,
@@ -105,7 +105,7 @@ class _Converter(TransformersConverter):  # type: ignore[misc]
         )
 
 
-def _tokens(config: Any) -> list[str]:
+def tokens_of(config: Any) -> list[str]:
     """One text per id."""
     tokens = [f"t{index}" for index in range(config.vocab_size)]
     tokens[_unknown_id(config)] = "<unk>"
