@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqloss.loss.head import output_projection, token_terms
+from seqloss.loss.head import LossHead, output_projection
 
 TOLERANCE = 2e-5
 
@@ -66,14 +66,11 @@ def test_terms_are_those_of_the_full_logits(
 ) -> None:
     hidden, weight, bias, labels = random_head(vocabulary, tokens, scale)
     expected = naive_terms(hidden, weight, bias, labels, [])
-    target_logprob, mean_logprob, rank, entropy = token_terms(
-        hidden,
+    target_logprob, mean_logprob, rank, entropy = LossHead(
         output_projection(weight, bias, []),
-        labels,
-        with_ranks_and_entropies=True,
         vocabulary_block=vocabulary_block,
         token_block=token_block,
-    )
+    ).terms(hidden, labels, with_ranks_and_entropies=True)
     tolerance = TOLERANCE * max(1.0, scale)
     assert (target_logprob - expected["target_logprob"]).abs().max() <= tolerance
     assert (mean_logprob - expected["mean_logprob"]).abs().max() <= tolerance
@@ -88,13 +85,9 @@ def test_excluded_classes_leave_the_softmax_the_mean_and_the_ranks() -> None:
     excluded = [*range(40, 60), 7]
     labels = torch.arange(25) + 8
     expected = naive_terms(hidden, weight, bias, labels, excluded)
-    target_logprob, mean_logprob, rank, entropy = token_terms(
-        hidden,
-        output_projection(weight, bias, excluded),
-        labels,
-        with_ranks_and_entropies=True,
-        vocabulary_block=16,
-    )
+    target_logprob, mean_logprob, rank, entropy = LossHead(
+        output_projection(weight, bias, excluded), vocabulary_block=16
+    ).terms(hidden, labels, with_ranks_and_entropies=True)
     assert (target_logprob - expected["target_logprob"]).abs().max() <= TOLERANCE
     assert (mean_logprob - expected["mean_logprob"]).abs().max() <= TOLERANCE
     assert (entropy - expected["entropy"]).abs().max() <= TOLERANCE
@@ -106,7 +99,7 @@ def test_no_loss_is_negative_however_sure_the_model_is() -> None:
     """An exact target logit beside a rounded logsumexp makes such losses negative."""
     hidden, weight, bias, _ = random_head(300, 4000, scale=5.0)
     labels = (hidden @ weight.T + bias).argmax(-1)
-    target_logprob, _ = token_terms(hidden, output_projection(weight, bias, []), labels)
+    target_logprob, _ = LossHead(output_projection(weight, bias, [])).terms(hidden, labels)
     assert (target_logprob <= 0).all()
     assert (target_logprob > -1e-6).any(), "the test needs tokens near certainty"
 
@@ -114,8 +107,8 @@ def test_no_loss_is_negative_however_sure_the_model_is() -> None:
 def test_a_confident_token_keeps_its_digits() -> None:
     """Of two classes 30 nats apart the likelier one has a loss of exp(-30), not 0."""
     weight = torch.tensor([[30.0], [0.0]])
-    target_logprob, _ = token_terms(
-        torch.ones(1, 1), output_projection(weight, None, []), torch.tensor([0])
+    target_logprob, _ = LossHead(output_projection(weight, None, [])).terms(
+        torch.ones(1, 1), torch.tensor([0])
     )
     expected = -torch.log1p(torch.exp(torch.tensor(-30.0, dtype=torch.float64)))
     assert target_logprob.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -130,13 +123,9 @@ def test_an_entropy_near_zero_keeps_its_digits_when_the_target_is_unlikely(
     logits = hidden.double() @ weight.double().T + bias.double()
     labels = logits.argmin(-1)
     expected = naive_terms(hidden, weight, bias, labels, [])
-    target_logprob, _, _, entropy = token_terms(
-        hidden,
-        output_projection(weight, bias, []),
-        labels,
-        with_ranks_and_entropies=True,
-        vocabulary_block=vocabulary_block,
-    )
+    target_logprob, _, _, entropy = LossHead(
+        output_projection(weight, bias, []), vocabulary_block=vocabulary_block
+    ).terms(hidden, labels, with_ranks_and_entropies=True)
     sure = expected["entropy"] < 0.2
     assert sure.sum() > 10
     assert (target_logprob[sure] < -20).all()
@@ -157,14 +146,11 @@ def test_a_softcap_is_that_of_the_full_logits(
     uncapped = naive_terms(hidden, weight, bias, labels, excluded)
     difference = (uncapped["target_logprob"] - expected["target_logprob"]).abs().max()
     assert difference > 100 * TOLERANCE, "the test needs logits that the softcap changes"
-    target_logprob, mean_logprob, rank, entropy = token_terms(
-        hidden,
+    target_logprob, mean_logprob, rank, entropy = LossHead(
         output_projection(weight, bias, excluded)._replace(softcap=softcap),
-        labels,
-        with_ranks_and_entropies=True,
         vocabulary_block=vocabulary_block,
         token_block=token_block,
-    )
+    ).terms(hidden, labels, with_ranks_and_entropies=True)
     tolerance = 2 * TOLERANCE  # as for other logits, by their scale
     assert (target_logprob - expected["target_logprob"]).abs().max() <= tolerance
     assert (mean_logprob - expected["mean_logprob"]).abs().max() <= tolerance
@@ -197,13 +183,8 @@ def test_weights_of_16_bits_are_off_by_the_rounding_of_16_bits(
     expected = naive_terms(hidden, weight, bias, labels, excluded, softcap=softcap, tie=off)
     projection = output_projection(weight, bias, excluded)._replace(softcap=softcap)
     terms = [
-        token_terms(
-            hidden,
-            projection,
-            labels,
-            with_ranks_and_entropies=True,
-            vocabulary_block=vocabulary_block,
-            token_block=token_block,
+        LossHead(projection, vocabulary_block=vocabulary_block, token_block=token_block).terms(
+            hidden, labels, with_ranks_and_entropies=True
         )
         for vocabulary_block, token_block in [(2048, 1024), (10, 8), (1, 37)]
     ]
@@ -233,23 +214,24 @@ def test_no_loss_is_negative_in_16_bits(dtype: torch.dtype, softcap: float | Non
     hidden, weight, bias, _ = random_head(300, 1000, scale=5.0)
     labels = (hidden @ weight.T + bias).argmax(-1)
     projection = output_projection(weight.to(dtype), bias, [])._replace(softcap=softcap)
-    target_logprob, _, _, entropy = token_terms(
-        hidden, projection, labels, with_ranks_and_entropies=True
+    target_logprob, _, _, entropy = LossHead(projection).terms(
+        hidden, labels, with_ranks_and_entropies=True
     )
     assert (target_logprob <= 0).all()
     assert (entropy >= 0).all()
     assert (target_logprob > -1e-3).any(), "the test needs tokens near certainty"
 
 
-def test_terms_without_ranks_are_the_same_bits() -> None:
-    hidden, weight, bias, labels = random_head(500, 64)
-    projection = output_projection(weight, bias, [])
-    short = token_terms(hidden, projection, labels, vocabulary_block=64)
-    long = token_terms(
-        hidden, projection, labels, with_ranks_and_entropies=True, vocabulary_block=64
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 10.0])  # with the latter exp overflows, and is taken anew
+def test_terms_without_ranks_are_the_same_bits(dtype: torch.dtype, scale: float) -> None:
+    hidden, weight, bias, labels = random_head(500, 64, scale)
+    head = LossHead(output_projection(weight.to(dtype), bias, []), vocabulary_block=64)
+    short = head.terms(hidden, labels)
+    long = head.terms(hidden, labels, with_ranks_and_entropies=True)
     assert len(short) == 2
     assert all(torch.equal(*pair) for pair in zip(short, long, strict=False))
+    assert bool((short[0] < -100).any()) == (scale == 10.0)
 
 
 def test_no_logits_matrix_is_ever_held() -> None:
@@ -269,13 +251,8 @@ def test_no_logits_matrix_is_ever_held() -> None:
     hidden, weight, bias, labels = random_head(5000, 900)
     projection = output_projection(weight, bias, [])
     with LargestTensor() as largest:
-        token_terms(
-            hidden,
-            projection,
-            labels,
-            with_ranks_and_entropies=True,
-            vocabulary_block=128,
-            token_block=100,
+        LossHead(projection, vocabulary_block=128, token_block=100).terms(
+            hidden, labels, with_ranks_and_entropies=True
         )
     assert largest.numel <= max(128 * 100, weight.numel(), hidden.numel())
     assert largest.numel < 5000 * 900 / 20

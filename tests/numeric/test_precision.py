@@ -21,7 +21,7 @@ from seqloss.engines.self_test import token_nlls
 from seqloss.engines.torch_engine import precisions_by_speed
 from seqloss.errors import ConfigurationError
 from seqloss.export.exporter import ExportOptions, export_checkpoint
-from seqloss.loss.head import output_projection, token_terms
+from seqloss.loss.head import LossHead, output_projection
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 # Of errors of a pair's mean nll in bfloat16, in nats.
@@ -111,14 +111,11 @@ def test_the_head_gives_no_negative_loss_rank_or_entropy(precision: str) -> None
     labels = (hidden @ weight.T + bias).argmax(-1)
     # Some are as wrong as can be.
     labels[::20] = torch.randint(300, labels[::20].shape, generator=generator)
-    logprob, mean_logprob, rank, entropy = token_terms(
-        hidden,
+    logprob, mean_logprob, rank, entropy = LossHead(
         output_projection(weight.to(getattr(torch, precision)), bias, []),
-        labels,
-        with_ranks_and_entropies=True,
         vocabulary_block=64,
         token_block=8192,
-    )
+    ).terms(hidden, labels, with_ranks_and_entropies=True)
     assert all(term.isfinite().all() for term in (logprob, mean_logprob, entropy))
     assert (logprob <= 0).all()
     assert (rank >= 0).all()

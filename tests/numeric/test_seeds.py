@@ -18,7 +18,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from checkpoints import VOCABULARY_SIZE, make_model
 from seqloss.demo import CHECKPOINT
-from seqloss.loss.head import output_projection, token_terms
+from seqloss.loss.head import LossHead, output_projection
 from seqloss.loss.reduce import LabelSmoothing, smoothed_loss
 from seqloss.records import TokenTerms
 
@@ -119,7 +119,7 @@ def test_the_loss_alone_equals_both_libraries(smoothing: float) -> None:
     bias = torch.randn(50, generator=generator)
     labels = torch.randint(0, 50, (30,), generator=generator)
     logits = hidden.double() @ weight.double().T + bias.double()
-    terms = token_terms(hidden, output_projection(weight, bias, []), labels)
+    terms = LossHead(output_projection(weight, bias, [])).terms(hidden, labels)
     ours = smoothed_loss(
         TokenTerms(*(term.numpy() for term in terms)), LabelSmoothing(smoothing), 50
     )

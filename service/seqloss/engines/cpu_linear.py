@@ -1,4 +1,4 @@
-"""Linear layers of a bfloat16 graph on a CPU: weights laid out once, activations fused.
+"""Linear layers on a CPU: weights laid out once, activations fused.
 
 oneDNN multiplies blocks, and reorders a weight for that in every call unless it is given one that
 was reordered before. Torch's own compiler does the same with the same operators; what needs no
@@ -23,14 +23,22 @@ _FUSED: dict[Any, str] = {_ATEN.silu.default: "swish", _ATEN.relu.default: "relu
 _ROWS = 1024
 
 
-def is_available() -> bool:
-    """Whether this build of Torch and this CPU multiply in bfloat16 with oneDNN."""
+def is_available(dtype: torch.dtype) -> bool:
+    """Whether this build of Torch and this CPU multiply in the dtype with oneDNN."""
     built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return built and bool(_ONEDNN._is_mkldnn_bf16_supported())
+    if dtype == torch.bfloat16:
+        return built and bool(_ONEDNN._is_mkldnn_bf16_supported())
+    return built and dtype == torch.float32
+
+
+def prepacked(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A product with reordered rows; see `seqloss.loss.head.Linear`."""
+    weight = _ONEDNN._reorder_linear_weight(rows.detach().contiguous(), _ROWS)
+    return lambda states: _ONEDNN._linear_pointwise(states, weight, None, "none", [], "")
 
 
 def prepack(module: GraphModule) -> None:
-    """Has all bfloat16 linear layers of an exported program run on reordered weights.
+    """Has linear layers of an exported program run on reordered weights, where `is_available`.
 
     The originals are let go.
 
@@ -41,7 +49,7 @@ def prepack(module: GraphModule) -> None:
     _share_casts(module)
     packed: dict[str, str] = {}
     for node in list(graph.nodes):
-        if node.target is not _ATEN.linear.default or not _is_bfloat16(module, node.args[1]):
+        if node.target is not _ATEN.linear.default or not _has_product(module, node.args[1]):
             continue
         inputs, weight, bias = (*node.args, None)[:3]
         if weight.target not in packed:
@@ -90,8 +98,8 @@ def _is_written(node: Node) -> bool:
     )
 
 
-def _is_bfloat16(module: GraphModule, weight: Any) -> bool:
-    return weight.op == "get_attr" and _attribute(module, weight.target).dtype == torch.bfloat16
+def _has_product(module: GraphModule, weight: Any) -> bool:
+    return weight.op == "get_attr" and is_available(_attribute(module, weight.target).dtype)
 
 
 def _only_user(node: Node) -> Node | None:

@@ -23,7 +23,7 @@ from seqloss.errors import (
     EngineDeadError,
     OutOfMemoryError,
 )
-from seqloss.loss.head import OutputProjection, token_terms
+from seqloss.loss.head import LossHead, OutputProjection, matmul
 from seqloss.records import Batch, TokenTerms
 
 # Tokens and classes that the head projects at a time. On a CPU the smallest blocks of classes were
@@ -43,8 +43,7 @@ class TorchEngine:
         """
         self._device = device_named(device)
         self._source_multiple = graph.source_multiple
-        self._token_block, self._vocabulary_block = _BLOCKS.get(self._device.type, _BLOCKS["cpu"])
-        self._body, self._projection = _load(bundle, graph, self._device)
+        self._body, self._head = _load(bundle, graph, self._device)
         self._info = EngineInfo("torch", str(self._device), graph.precision, torch.__version__)
 
     @property
@@ -59,19 +58,16 @@ class TorchEngine:
                 torch.from_numpy(array).to(self._device)
                 for array in padded(batch, self._source_multiple)
             ]
-            terms = token_terms(
+            terms = self._head.terms(
                 self._body(*inputs),
-                self._projection,
                 labels,
                 with_ranks_and_entropies=batch.with_ranks_and_entropies,
-                vocabulary_block=self._vocabulary_block,
-                token_block=self._token_block,
             )
             return TokenTerms(*(term.cpu().numpy() for term in terms))
 
     def close(self) -> None:
         """Frees the device's memory."""
-        del self._body, self._projection
+        del self._body, self._head
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -127,21 +123,33 @@ def precisions_by_speed(device: torch.device) -> tuple[Precision, ...]:
 
 def _load(
     bundle: Bundle, graph: Graph, device: torch.device
-) -> tuple[Callable[..., torch.Tensor], OutputProjection]:
+) -> tuple[Callable[..., torch.Tensor], LossHead]:
+    token_block, vocabulary_block = _BLOCKS.get(device.type, _BLOCKS["cpu"])
+    linear = matmul
     try:
         with _Weights(bundle, device) as weights:
+            body = _module(bundle.graph_archive(graph), weights, device)
+            dtype = getattr(torch, graph.precision)
+            # Where the embeddings are the same matrix it is here in float32 already.
+            exact = weights.has("output.weight", torch.float32)
             projection = OutputProjection(
-                weights.get("output.weight", getattr(torch, graph.precision)),
+                weights.get("output.weight", torch.float32 if exact else dtype),
                 weights.get("output.bias", torch.float32),
                 weights.get("output.mean_weight", torch.float32),
                 weights.get("output.mean_bias", torch.float32),
                 bundle.manifest.softcap,
             )
-            body = _module(bundle.graph_archive(graph), weights, device)
-        if device.type == "cpu" and graph.precision == "bfloat16" and cpu_linear.is_available():
+        if device.type == "cpu" and cpu_linear.is_available(dtype):
+            linear = cpu_linear.prepacked
             with torch.no_grad():
                 cpu_linear.prepack(body)
-        return body, projection
+        head = LossHead(
+            projection,
+            dtype=dtype,
+            vocabulary_block=vocabulary_block,
+            token_block=token_block,
+            linear=linear,
+        )
     except (BundleError, torch.OutOfMemoryError):
         raise
     # A program that is malformed in a harmless way fails with whatever Torch stumbles over.
@@ -149,6 +157,7 @@ def _load(
         raise BundleError(
             f"{bundle.folder} has a graph or weights that do not load: {error}"
         ) from error
+    return body, head
 
 
 class _Weights(AbstractContextManager["_Weights"]):
@@ -158,6 +167,10 @@ class _Weights(AbstractContextManager["_Weights"]):
         self._file: Any = safe_open(bundle.weights_path, framework="pt", device=str(device))
         self._aliases = bundle.manifest.weight_aliases
         self._made: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def has(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether somebody asked for the weight in this dtype."""
+        return (self._aliases.get(name, name), dtype) in self._made
 
     def get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The weight; a copy in another precision is made without keeping the original."""

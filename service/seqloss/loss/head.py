@@ -7,6 +7,7 @@ per token, and forgotten.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,12 +22,16 @@ TOKEN_BLOCK = 1024
 # stays finite in products with a probability of 0.
 ABSENT = -1e30
 
+# Makes of rows of weights a function from states to products with them.
+# Shapes: (C, D) to a function from (K, D) to (K, C), all of one dtype.
+Linear = Callable[[Tensor], Callable[[Tensor], Tensor]]
+
 
 class OutputProjection(NamedTuple):
     """The last linear layer, with the mean over its classes made once.
 
     Attributes:
-        weight: float32, or 16 bits for products in 16 bits. Shape: (V, D).
+        weight: float32 or 16 bits. Shape: (V, D).
         bias: Shape: (V,), float32; `ABSENT` for classes kept out of the softmax.
         mean_weight: the mean of the kept rows of `weight`. Shape: (D,), float32.
         mean_bias: the mean of the kept entries of `bias`. Shape: (), float32.
@@ -52,18 +57,15 @@ def output_projection(
     return OutputProjection(weight, bias.masked_fill(~kept, ABSENT), mean_weight, mean_bias)
 
 
-def token_terms(
-    hidden: Tensor,
-    projection: OutputProjection,
-    labels: Tensor,
-    *,
-    with_ranks_and_entropies: bool = False,
-    vocabulary_block: int = VOCABULARY_BLOCK,
-    token_block: int = TOKEN_BLOCK,
-) -> tuple[Tensor, ...]:
+def matmul(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """The `Linear` that runs on any device."""
+    return lambda states: states @ rows.t()
+
+
+class LossHead:
     """Token terms without a logits matrix.
 
-    Equals, but for rounding and memory, with `z = hidden @ weight.T + bias`, or with a softcap
+    They equal, but for rounding, with `z = hidden @ weight.T + bias`, or with a softcap
     `z = softcap * tanh(hidden @ weight.T / softcap) + bias`:
 
         logprobs = z.log_softmax(-1)
@@ -72,150 +74,219 @@ def token_terms(
         rank = (z > z.gather(-1, labels[:, None])).sum(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
 
-    Never holds more than (token_block, vocabulary_block) logits.
+    Only a few blocks of (token_block, vocabulary_block) logits live at a time.
 
-    Args:
-        hidden: the decoder's last hidden states. Shape: (K, D), float32.
-        projection: the output projection.
-        labels: the target classes, none of them excluded. Shape: (K,), int64.
-        with_ranks_and_entropies: whether `rank` and `entropy` are computed too.
-        vocabulary_block: classes projected at a time.
-        token_block: tokens projected at a time.
-
-    Returns:
-        target_logprob and mean_logprob, or these and rank (int32) and entropy. Shapes: (K,),
-        float32, in nats.
+    The target's logit z_y is a float32 dot product of its own, and the sum of `exp(z - z_y)` is
+    accumulated over the *other* classes: `nll = softplus(lse_other - z_y)` is never negative,
+    whatever the precision of the products, and loses no digits in the difference of two large
+    numbers.  z_y is subtracted within the product, as one more column of states and weights: sums
+    are float32 there, so that of 16 bits all are spent on how far a logit is from the target's, and
+    the largest logit need not be known before exp is taken.  The bias enters in the same way.
     """
-    blocks = [
-        _block_terms(
-            h,
-            projection,
-            y,
-            with_ranks_and_entropies=with_ranks_and_entropies,
-            vocabulary_block=vocabulary_block,
+
+    def __init__(
+        self,
+        projection: OutputProjection,
+        *,
+        dtype: torch.dtype | None = None,
+        vocabulary_block: int = VOCABULARY_BLOCK,
+        token_block: int = TOKEN_BLOCK,
+        linear: Linear = matmul,
+    ) -> None:
+        """Copies the projection into blocks of classes.
+
+        Args:
+            projection: the output projection.
+            dtype: of the products; the weight's unless it is given.
+            vocabulary_block: classes projected at a time.
+            token_block: tokens projected at a time.
+            linear: what multiplies.
+        """
+        self._projection = projection
+        self._dtype = dtype or projection.weight.dtype
+        self._token_block = token_block
+        weight, bias = projection.weight, projection.bias
+        self._biases = torch.split(bias, vocabulary_block)
+        self._products = [
+            linear(self._columns(rows, biases))
+            for rows, biases in zip(
+                torch.split(weight, vocabulary_block), self._biases, strict=True
+            )
+        ]
+        self._num_classes = int((bias > ABSENT).sum())
+        starts = range(0, len(weight) + vocabulary_block, vocabulary_block)
+        self._starts = torch.tensor(starts, device=weight.device)
+
+    def terms(
+        self, hidden: Tensor, labels: Tensor, *, with_ranks_and_entropies: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Token terms of a batch.
+
+        Args:
+            hidden: the decoder's last hidden states. Shape: (K, D), float32.
+            labels: the target classes, none of them excluded. Shape: (K,), int64.
+            with_ranks_and_entropies: whether `rank` and `entropy` are computed too.
+
+        Returns:
+            target_logprob and mean_logprob, or these and rank (int32) and entropy. Shapes: (K,),
+            float32, in nats.
+        """
+        blocks = zip(
+            torch.split(hidden, self._token_block),
+            torch.split(labels, self._token_block),
+            strict=True,
         )
-        for h, y in zip(
-            torch.split(hidden, token_block), torch.split(labels, token_block), strict=True
+        parts = [self._block_terms(*block, all_terms=with_ranks_and_entropies) for block in blocks]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    def _block_terms(
+        self, hidden: Tensor, labels: Tensor, *, all_terms: bool
+    ) -> tuple[Tensor, ...]:
+        """`terms` for so few tokens that one block holds them."""
+        weight, bias, mean_weight, mean_bias, softcap = self._projection
+        target_logit = (hidden * weight.index_select(0, labels)).sum(-1)
+        target_logit = _capped_(target_logit, softcap) + bias.index_select(0, labels)
+        shift = target_logit.to(self._dtype).float()
+        tokens = _Tokens(hidden, labels, shift)
+        remainder = target_logit - shift  # from rounding the shift; 0 in float32
+
+        totals = hidden.new_empty(len(hidden), len(self._products))
+        others = _Others(remainder, len(self._products)) if all_terms else None
+        logit_sum = remainder.clone()
+        for block, logits in enumerate(self._shifted_logits(tokens)):
+            if others:
+                others.add(block, logits)
+            if softcap is not None:
+                logit_sum += logits.masked_fill(logits <= ABSENT, 0).sum(-1)
+            # float16 has too small a range for exp.
+            exp = logits.float() if logits.dtype == torch.float16 else logits
+            torch.sum(exp.exp_(), -1, dtype=torch.float32, out=totals[:, block])
+        nll = softplus(self._finite_lse(totals.sum(-1).log(), tokens) - remainder)
+        # A softcap is no linear function, and the mean of its logits has to be summed up.
+        mean_logit = (
+            hidden @ mean_weight + mean_bias
+            if softcap is None
+            else shift + logit_sum / self._num_classes
         )
-    ]
-    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+        mean_logprob = mean_logit - (target_logit + nll)
+        return (-nll, mean_logprob, *(others.rank_and_entropy() if others else ()))
+
+    def _finite_lse(self, lse: Tensor, tokens: _Tokens) -> Tensor:
+        """The same, in place, and computed without overflow where it did.
+
+        Where another class is ahead of the label by 88 nats, exp does not fit into a float32.
+        """
+        (overflowed,) = torch.nonzero(~(lse < torch.inf), as_tuple=True)
+        if len(overflowed):
+            blocks = self._shifted_logits(_Tokens(*(of[overflowed] for of in tokens)))
+            of_blocks = [logits.float().logsumexp(-1) for logits in blocks]
+            lse[overflowed] = torch.stack(of_blocks, dim=-1).logsumexp(-1)
+        return lse
+
+    def _shifted_logits(self, tokens: _Tokens) -> Iterator[Tensor]:
+        """`z - shift` of one block of classes after the other, and -inf for labels.
+
+        Shapes: (K, classes). In the dtype of the products, or in float32 where there is a softcap.
+        Each may be written to, and is forgotten here.
+        """
+        softcap = self._projection.softcap
+        states = self._states(tokens)
+        order = tokens.labels.argsort()
+        in_order = tokens.labels[order]
+        # The labels of a block are a slice of the ordered ones.
+        bounds = torch.searchsorted(in_order, self._starts).tolist()
+        for block, multiply in enumerate(self._products):
+            logits = multiply(states)
+            if softcap is not None:
+                logits = _capped_(logits.float(), softcap)
+                logits.add_(self._biases[block]).sub_(tokens.shift[:, None])
+            inside = slice(bounds[block], bounds[block + 1])
+            first_class = block * len(self._biases[0])
+            logits[order[inside], in_order[inside] - first_class] = -torch.inf
+            yield logits
+
+    def _columns(self, rows: Tensor, biases: Tensor) -> Tensor:
+        """What the products multiply `_states` with. Shape: (classes, D + some)."""
+        if self._projection.softcap is not None:  # it comes before the bias and the shift
+            return rows.to(self._dtype)
+        columns = [torch.full_like(biases, -1, dtype=self._dtype), *_parts(biases, self._dtype)]
+        return torch.cat([rows.to(self._dtype), _aligned(columns)], dim=1)
+
+    def _states(self, tokens: _Tokens) -> Tensor:
+        """Hidden states, the shift, and ones for the parts of the bias. Shape: (K, D + some)."""
+        hidden = tokens.hidden.to(self._dtype)
+        if self._projection.softcap is not None:
+            return hidden
+        shift = tokens.shift.to(self._dtype)
+        ones = [torch.ones_like(shift)] * len(_parts(shift, self._dtype))
+        return torch.cat([hidden, _aligned([shift, *ones])], dim=1)
 
 
-def _block_terms(
-    hidden: Tensor,
-    projection: OutputProjection,
-    labels: Tensor,
-    *,
-    with_ranks_and_entropies: bool,
-    vocabulary_block: int,
-) -> tuple[Tensor, ...]:
-    """`token_terms` for so few tokens that one block holds them.
+class _Tokens(NamedTuple):
+    """What the head is asked for. Shapes: (K, D) and (K,).
 
-    The sum over the *other* classes is accumulated, `lse_other`, and `nll = softplus(lse_other -
-    z_y)` with z_y a float32 dot product of its own.  So nll is never negative, whatever the
-    precision of the other logits, and a confident token loses no digits in the difference of two
-    large numbers.
+    Attributes:
+        hidden: float32.
+        labels: int64.
+        shift: the target's logit as the dtype of the products has it, in float32.
     """
-    weight, bias, mean_weight, mean_bias, softcap = projection
-    num_tokens, num_blocks = len(hidden), -(-len(weight) // vocabulary_block)
-    target_rows = weight.index_select(0, labels)
-    target_logit = _capped_((hidden * target_rows).sum(-1), softcap) + bias.index_select(0, labels)
 
-    # One block of logits at a time lives, in memory that is taken once: allocators keep blocks that
-    # come and go beside small tensors that stay, up to gigabytes of them.
-    workspace = _Workspace(hidden, weight.dtype, vocabulary_block)
-    lse_of_blocks = hidden.new_empty(num_tokens, num_blocks)
-    entropy_of_blocks = torch.empty_like(lse_of_blocks) if with_ranks_and_entropies else None
-    rank = torch.zeros_like(labels)
-    logit_sum = hidden.new_zeros(num_tokens)
-    for block in range(num_blocks):
-        first = block * vocabulary_block
-        rows, biases = (whole[first : first + vocabulary_block] for whole in (weight, bias))
-        logits = workspace.logits(rows, biases, softcap)
-        if softcap is not None:
-            logit_sum += logits @ (biases > ABSENT).float()
-        _remove_labels_(logits, labels - first)
-        if entropy_of_blocks is not None:
-            rank += workspace.count_above(logits, target_logit)
+    hidden: Tensor
+    labels: Tensor
+    shift: Tensor
+
+
+class _Others:
+    """The classes beside the label: how many are ahead of it, and their entropy."""
+
+    def __init__(self, remainder: Tensor, num_blocks: int) -> None:
+        """`remainder` is the label's logit, less the shift. Shape: (K,)."""
+        self._remainder = remainder
+        self._rank = torch.zeros_like(remainder, dtype=torch.int32)
+        self._lse = remainder.new_empty(len(remainder), num_blocks)
+        self._entropy = torch.empty_like(self._lse)
+
+    def add(self, block: int, shifted_logits: Tensor) -> None:
+        """Takes a block of logits in, less the shift. Shape: (K, classes)."""
+        self._rank += (shifted_logits > self._remainder[:, None]).sum(-1, dtype=torch.int32)
+        logits = shifted_logits.float().clamp(min=ABSENT)
         largest = logits.amax(-1)
-        logits.sub_(largest[:, None])
-        exp = workspace.exp(logits, keep_logits=entropy_of_blocks is not None)
+        exp = logits.sub_(largest[:, None]).exp()
         total = exp.sum(-1)
         log_total = total.log()
-        lse_of_blocks[:, block] = largest + log_total
-        if entropy_of_blocks is not None:
-            # log p = logit - largest - log_total, and neither of the two terms is negative.
-            entropy_of_blocks[:, block] = log_total - exp.mul_(logits).sum(-1) / total
+        self._lse[:, block] = largest + log_total
+        # log p = logit - largest - log_total, and neither of the two terms is negative.
+        self._entropy[:, block] = log_total - exp.mul_(logits).sum(-1) / total
 
-    lse_other = lse_of_blocks.logsumexp(-1)
-    nll = softplus(lse_other - target_logit)
-    # A softcap is no linear function, and the mean of its logits has to be summed up.
-    mean_logit = (
-        hidden @ mean_weight + mean_bias if softcap is None else logit_sum / (bias > ABSENT).sum()
-    )
-    mean_logprob = mean_logit - (target_logit + nll)
-    if entropy_of_blocks is None:
-        return -nll, mean_logprob
+    def rank_and_entropy(self) -> tuple[Tensor, Tensor]:
+        """Of the whole softmax. By the chain rule: is it the label, if not which block, and where.
 
-    # By the chain rule: which block, given another class; then whether the target or another one.
-    # All terms are positive, so that nothing cancels.
-    surprise = lse_other[:, None] - lse_of_blocks
-    entropy_other = (torch.exp(-surprise) * (surprise + entropy_of_blocks)).sum(-1)
-    nll_other = softplus(target_logit - lse_other)
-    entropy = torch.exp(-nll) * nll + torch.exp(-nll_other) * (nll_other + entropy_other)
-    return -nll, mean_logprob, rank.int(), entropy
+        All terms are positive, so that nothing cancels.
+        """
+        lse = self._lse.logsumexp(-1)
+        surprise = lse[:, None] - self._lse
+        entropy_other = (torch.exp(-surprise) * (surprise + self._entropy)).sum(-1)
+        nll, nll_other = softplus(lse - self._remainder), softplus(self._remainder - lse)
+        entropy = torch.exp(-nll) * nll + torch.exp(-nll_other) * (nll_other + entropy_other)
+        return self._rank, entropy
 
 
-class _Workspace:
-    """Memory for one block of logits, and what is computed with it in place."""
+def _parts(values: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Tensors of the dtype that add up to the float32 values, as far as its range goes."""
+    parts: list[Tensor] = []
+    rest = values
+    for _ in range(1 if dtype == torch.float32 else 3):
+        parts.append(rest.clamp(min=torch.finfo(dtype).min).to(dtype))
+        rest = rest - parts[-1].float()
+    return parts
 
-    def __init__(self, hidden: Tensor, dtype: torch.dtype, vocabulary_block: int) -> None:
-        self._hidden = hidden.to(dtype)
-        size = len(hidden) * vocabulary_block
-        self._logits = hidden.new_empty(size)
-        self._products = self._logits if dtype == hidden.dtype else self._hidden.new_empty(size)
-        self._exp: Tensor | None = None
-        self._above: Tensor | None = None
 
-    def logits(self, rows: Tensor, bias: Tensor, softcap: float | None) -> Tensor:
-        """Shape: (K, block), float32."""
-        logits, products = (
-            memory[: len(self._hidden) * len(rows)].view(-1, len(rows))
-            for memory in (self._logits, self._products)
-        )
-        if softcap is None and rows.dtype == torch.float32:
-            return torch.addmm(bias, self._hidden, rows.t(), out=logits)
-        torch.mm(self._hidden, rows.t(), out=products)
-        if softcap is None:
-            # The addition of the float32 bias widens products of 16 bits.
-            return torch.add(products, bias, out=logits)
-        if products.dtype != torch.float32:
-            logits.copy_(products)
-        return _capped_(logits, softcap).add_(bias)
-
-    def exp(self, logits: Tensor, *, keep_logits: bool) -> Tensor:
-        """Shape: (K, block); in place, unless the logits are needed once more."""
-        if not keep_logits:
-            return logits.exp_()
-        if self._exp is None:
-            self._exp = torch.empty_like(self._logits)
-        return torch.exp(logits, out=self._exp[: logits.numel()].view_as(logits))
-
-    def count_above(self, logits: Tensor, target_logit: Tensor) -> Tensor:
-        """How many logits are greater than each token's target's. Shape: (K,), int64."""
-        if self._above is None:
-            self._above = torch.empty_like(self._logits, dtype=torch.bool)
-        above = self._above[: logits.numel()].view_as(logits)
-        return torch.gt(logits, target_logit[:, None], out=above).sum(-1)
+def _aligned(columns: list[Tensor]) -> Tensor:
+    """The columns, and zeros up to 8 of them: products want even sizes. Shape: (rows, 8)."""
+    zero = torch.zeros_like(columns[0])
+    return torch.stack([*columns, *[zero] * (8 - len(columns))], dim=1)
 
 
 def _capped_(logits: Tensor, softcap: float | None) -> Tensor:
     """In place."""
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
-
-
-def _remove_labels_(logits: Tensor, labels: Tensor) -> None:
-    """Puts `ABSENT` at each token's label, in place, where the label lies in this block."""
-    position = labels.clamp(0, logits.shape[-1] - 1)[:, None]
-    inside = (labels == position[:, 0])[:, None]
-    logits.scatter_(-1, position, torch.where(inside, ABSENT, logits.gather(-1, position)))
