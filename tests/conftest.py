@@ -88,6 +88,8 @@ class KeptEngine:
     def __init__(self, engine: Engine) -> None:
         self.info = engine.info
         self.score = engine.score
+        self.release_memory = engine.release_memory
+        self.memory_bytes = engine.memory_bytes
 
     def close(self) -> None:
         """The next test goes on with it."""
@@ -126,7 +128,7 @@ def make_client(load_once: Callable[..., Engine]) -> Iterator[MakeClient]:
             raise_server_exceptions: bool = False,
             **changes: Any,
         ) -> TestClient:
-            settings = {"precision": "float32"} | {
+            settings = {"precision": "float32", "warm_up": False} | {
                 key: value for key, value in changes.items() if key in Settings.model_fields
             }
             rest = {key: value for key, value in changes.items() if key not in settings}

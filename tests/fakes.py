@@ -74,6 +74,7 @@ class FakeEngine:
     def __init__(self, before: Callable[[Batch], TokenTerms | None] = lambda _: None) -> None:
         self.batches: list[Batch] = []
         self.closed = False
+        self.memory_releases = 0
         self._before = before
 
     @property
@@ -103,6 +104,12 @@ class FakeEngine:
             rank=(nll * 10).astype(np.int32) if extra else None,
             entropy=nll / 2 if extra else None,
         )
+
+    def release_memory(self) -> None:
+        self.memory_releases += 1
+
+    def memory_bytes(self) -> dict[str, int]:
+        return {}
 
     def close(self) -> None:
         self.closed = True

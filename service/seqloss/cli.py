@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -151,7 +152,11 @@ def _serve(options: argparse.Namespace) -> int:
 
     settings = _settings(options)
     bundles = {name: open_bundle(path) for name, path in _named(options.bundles).items()}
-    return 0 if serve(bundles, settings) else 1
+    if serve(bundles, settings):
+        return 0
+    # The device's thread may be in a batch that never ends, and Python would wait for it.
+    logging.shutdown()
+    os._exit(1)
 
 
 def _settings(options: argparse.Namespace) -> Settings:

@@ -10,6 +10,7 @@
     │   └── PairTooLargeError         one pair alone does not fit the device
     ├── ServiceError              a good request that cannot be answered now
     │   ├── OverloadedError
+    │   │   └── UnmeetableDeadlineError
     │   ├── DeadlineExceededError
     │   ├── NotReadyError
     │   └── NonFiniteError            the model produced NaN or infinity
@@ -131,6 +132,12 @@ class OverloadedError(ServiceError):
     """The queue has no room for the request's tokens."""
 
     code = "overloaded"
+
+
+class UnmeetableDeadlineError(OverloadedError):
+    """What waits ahead takes longer than the request's `timeout_ms` allows."""
+
+    code = "deadline_unmeetable"
 
 
 class DeadlineExceededError(ServiceError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ class BatchReport:
     num_sources: int
     source_tokens: int
     padded_source_tokens: int
+    grid_source_tokens: int
     target_tokens: int
     padded_target_tokens: int
     collate_seconds: float
@@ -37,14 +39,31 @@ class BatchReport:
     scatter_seconds: float
 
     @classmethod
-    def of(cls, batch: Batch, collate: float, forward: float, scatter: float) -> BatchReport:
-        """Counts a batch whose stages took so many seconds."""
+    def of(
+        cls,
+        batch: Batch,
+        num_pairs: int,
+        seconds: tuple[float, float, float],
+        source_multiple: int = 1,
+    ) -> BatchReport:
+        """Counts a batch.
+
+        Args:
+            batch: what was computed.
+            num_pairs: that were answered with it; equal ones are one target of the batch.
+            seconds: to collate it, to compute it, and to scatter its terms.
+            source_multiple: what sources are padded to multiples of.
+        """
         sources, targets = batch.sources, batch.decoder_input_ids
+        longest = int(sources.lengths.max())
+        on_grid = -(-longest // source_multiple) * source_multiple
+        collate, forward, scatter = seconds
         return cls(
-            num_pairs=len(targets),
+            num_pairs=num_pairs,
             num_sources=len(sources),
             source_tokens=len(sources.values),
-            padded_source_tokens=len(sources) * int(sources.lengths.max()),
+            padded_source_tokens=len(sources) * longest,
+            grid_source_tokens=len(sources) * (on_grid - longest),
             target_tokens=len(targets.values),
             padded_target_tokens=len(targets) * int(targets.lengths.max()),
             collate_seconds=collate,
@@ -145,8 +164,28 @@ class Metrics:
         )
         self.oom = counter("oom_total", "Batches that did not fit the device", ["model"])
         self.non_finite = counter("non_finite_total", "Pairs with NaN or infinity", ["model"])
-        self.queue_pairs = gauge("queue_pairs", "Pairs in no batch yet", ["model"])
-        self.queue_tokens = gauge("queue_tokens", "Tokens admitted and not answered", ["model"])
+        self.batch_splits = counter(
+            "batch_splits_total", "Batches halved since they did not fit the device", ["model"]
+        )
+        self.queue = {
+            name: gauge(name, text, ["model"])
+            for name, text in (
+                ("queue_pairs", "Pairs in no batch yet"),
+                ("queue_tokens", "Tokens admitted and not computed"),
+                ("queue_oldest_age_seconds", "Since the oldest request was admitted"),
+                ("estimated_wait_seconds", "What all that waits takes at the measured rate"),
+                ("token_budget", "Padded tokens that the device is given at a time"),
+            )
+        }
+        self.device_memory = gauge(
+            "device_memory_bytes", "Memory of a GPU, as the engine counts it", ["device", "kind"]
+        )
+        self.event_loop_lag = histogram(
+            "event_loop_lag_seconds",
+            "How much later than asked for the event loop goes on",
+            [],
+            _SECONDS,
+        )
         self.inflight_requests = gauge("inflight_requests", "Scoring requests under way", [])
         self.ready = gauge("ready", "1 while the model takes requests", ["model"])
         self.build_info = gauge(
@@ -171,10 +210,15 @@ class ModelMetrics:
         self._metrics = metrics
         self._model = model
 
-    def queue(self, num_pairs: int, num_tokens: int) -> None:
-        """States what waits now."""
-        self._metrics.queue_pairs.labels(self._model).set(num_pairs)
-        self._metrics.queue_tokens.labels(self._model).set(num_tokens)
+    def watch_queue(self, state: Callable[[], Mapping[str, float]]) -> None:
+        """Gauges of the queue show what `state` returns whenever they are read."""
+        for name, gauge in self._metrics.queue.items():
+            gauge.labels(self._model).set_function(partial(lambda name: state()[name], name))
+
+    def device_memory(self, device: str, num_bytes: Mapping[str, int]) -> None:
+        """What the engine holds of the device's memory, by kind."""
+        for kind, count in num_bytes.items():
+            self._metrics.device_memory.labels(device, kind).set(count)
 
     def queue_wait(self, priority: Priority, seconds: float) -> None:
         """A request's first batch begins."""
@@ -199,6 +243,8 @@ class ModelMetrics:
             metrics.batch_padded_tokens.labels(model, side).observe(padded)
             metrics.tokens.labels(model, side, "real").inc(real)
             metrics.tokens.labels(model, side, "padding").inc(padded - real)
+        if report.grid_source_tokens:
+            metrics.tokens.labels(model, "source", "grid").inc(report.grid_source_tokens)
 
     def request(self, priority: Priority, seconds: float) -> None:
         """A request was scored."""
@@ -227,6 +273,10 @@ class ModelMetrics:
     def out_of_memory(self) -> None:
         """A batch did not fit the device."""
         self._metrics.oom.labels(self._model).inc()
+
+    def batch_split(self) -> None:
+        """A batch goes on as two halves."""
+        self._metrics.batch_splits.labels(self._model).inc()
 
     def non_finite(self, num_pairs: int) -> None:
         """Pairs for which the model produced NaN or infinity."""

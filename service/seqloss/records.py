@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ Float32Array = NDArray[np.float32]
 Float64Array = NDArray[np.float64]
 
 Priority = Literal["interactive", "bulk"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 # Marks target positions that do not count, as everywhere in PyTorch and Hugging Face.
 IGNORE_INDEX = -100
@@ -102,7 +103,7 @@ def shift_right(targets: Ragged, start_ids: NDArray[Any]) -> Ragged:
     return Ragged(shifted, targets.offsets)
 
 
-def offsets_of(lengths: NDArray[Any]) -> Int64Array:
+def offsets_of(lengths: NDArray[Any] | Sequence[int]) -> Int64Array:
     """Where rows of these lengths begin, and where the last one ends. Shape: (rows + 1,)."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])

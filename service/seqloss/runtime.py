@@ -5,23 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Literal, TypeVar, TypeVarTuple
 
 import numpy as np
 
 from seqloss import __version__
+from seqloss.batching.cost import CostModel
 from seqloss.batching.jobs import Outcome
-from seqloss.batching.loop import Batcher
+from seqloss.batching.loop import Batcher, Threads
 from seqloss.batching.queues import BatchingLimits
+from seqloss.batching.warm_up import warm_up
 from seqloss.bundle.manifest import Precision
 from seqloss.bundle.reader import Bundle
 from seqloss.checking.check import Checked, check
 from seqloss.engines.base import Engine
 from seqloss.engines.loader import load_engine
 from seqloss.errors import (
-    DeadlineExceededError,
     EngineDeadError,
     Fault,
     InvalidRequestError,
@@ -103,7 +103,8 @@ class LossRuntime:
         self._reason = "the model is being loaded"
         self._engine: Engine | None = None
         self._batcher: Batcher | None = None
-        self._device_thread: Executor | None = None
+        self._threads: Threads | None = None
+        self._is_drained = False
         metrics.ready(False)
 
     @property
@@ -121,22 +122,27 @@ class LossRuntime:
         """Why it is not ready, in words."""
         return self._reason
 
-    async def start(self, device_thread: Executor) -> None:
-        """Loads the engine, which passes the bundle's self-test, and opens the queue.
+    async def start(self, threads: Threads) -> None:
+        """Loads the engine, which passes the bundle's self-test, warms it up and opens the queue.
 
         What goes wrong is told to `on_fatal`: there is no caller to raise it to.
         """
         loop = asyncio.get_running_loop()
         settings = self._settings
-        self._device_thread = device_thread
+        self._threads = threads
         try:
             self._engine = await loop.run_in_executor(
-                device_thread,
+                threads.device,
                 self._load,
                 self.bundle,
                 settings.device,
                 settings.precision,
                 settings.torch_threads,
+            )
+            if self._state == "loading":
+                self._reason = "the model is being warmed up"
+            max_batch_tokens, cost = await loop.run_in_executor(
+                threads.device, self._warm_up, self._engine
             )
         except Exception as error:
             self._state, self._reason = "failed", f"the model did not load: {error}"
@@ -145,10 +151,19 @@ class LossRuntime:
         if self._state == "draining":  # a signal came while it was loading
             return
         limits = BatchingLimits(
-            settings.max_batch_tokens, settings.max_batch_pairs, settings.max_queue_tokens
+            max_batch_tokens,
+            settings.max_batch_pairs,
+            settings.max_queue_tokens,
+            settings.max_block_ms / 1000,
+            settings.max_forward_seconds,
         )
         self._batcher = Batcher(
-            self._engine, limits, self._metrics, device_thread, on_death=self._died
+            self._engine,
+            limits,
+            self._metrics,
+            threads,
+            cost=cost,
+            on_death=self._died,
         )
         info = self._engine.info
         self._metrics.built(
@@ -157,26 +172,46 @@ class LossRuntime:
         self._state, self._reason = "ready", "ready"
         self._metrics.ready(True)
 
+    def _warm_up(self, engine: Engine) -> tuple[int, CostModel]:
+        settings = self._settings
+        if not settings.warm_up:
+            return settings.max_batch_tokens, CostModel()
+        return warm_up(
+            engine,
+            self.bundle.manifest,
+            self.limits,
+            settings.max_batch_tokens,
+            settings.max_batch_pairs,
+        )
+
     def _died(self, error: EngineDeadError) -> None:
         self._state, self._reason = "failed", f"the engine is dead: {error.detail}"
         self._metrics.ready(False)
         self._on_fatal(error)
 
     async def drain(self) -> None:
-        """Refuses new requests and answers the admitted ones."""
+        """Answers the admitted requests, and after `drain_delay_seconds` refuses new ones."""
         if self._state != "failed":
             self._state, self._reason = "draining", "the service is shutting down"
         self._metrics.ready(False)
-        if self._batcher is not None:
+        if self._batcher is not None and not self._is_drained:
+            self._is_drained = True
+            if self._state == "draining":
+                await asyncio.sleep(self._settings.drain_delay_seconds)
             await self._batcher.drain(self._settings.drain_timeout_seconds)
 
     async def close(self) -> None:
         """Drains what is not drained yet, and frees the device."""
         await self.drain()
-        if self._engine is not None:
+        if self._engine is not None and self._threads is not None and not self.is_stuck:
             # On its own thread: a batch that outlived the drain may still be running there.
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._device_thread, self._engine.close)
+            await loop.run_in_executor(self._threads.device, self._engine.close)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the device's thread is in a batch that will never end."""
+        return self._batcher is not None and self._batcher.is_stuck
 
     async def score(self, request: RequestArrays, options: ScoreOptions) -> ScoredRequest:
         """Checks, queues, scores and reduces.
@@ -186,7 +221,7 @@ class LossRuntime:
             NotReadyError, OverloadedError, DeadlineExceededError, NonFiniteError,
             EngineDeadError: the service's.
         """
-        if self._batcher is None or self._state in ("loading", "draining"):
+        if self._batcher is None:
             raise NotReadyError(
                 f"model {self.name!r} is not ready: {self.reason}", retry_after_seconds=1
             )
@@ -201,7 +236,15 @@ class LossRuntime:
                 'for "on_error": "partial" to have the others',
                 checked.faults,
             )
-        outcome = await self._batched(self._batcher, checked, options)
+        spent = time.monotonic() - started
+        outcome = await self._batcher.score(
+            checked.pairs,
+            priority=options.priority,
+            with_ranks_and_entropies=options.with_ranks_and_entropies,
+            seconds_left=(
+                float("inf") if options.seconds_left is None else options.seconds_left - spent
+            ),
+        )
         scores = await _off_loop_if(
             is_large,
             reduce_terms,
@@ -243,21 +286,6 @@ class LossRuntime:
                 raise RequestTooLargeError(
                     f"the request has {len(rows)} {what}, and at most {limit} are taken; split it"
                 )
-
-    async def _batched(self, batcher: Batcher, checked: Checked, options: ScoreOptions) -> Outcome:
-        try:
-            async with asyncio.timeout(options.seconds_left):
-                return await batcher.score(
-                    checked.pairs,
-                    priority=options.priority,
-                    with_ranks_and_entropies=options.with_ranks_and_entropies,
-                )
-        except TimeoutError as error:
-            self._metrics.deadline_missed()
-            raise DeadlineExceededError(
-                "the request's timeout_ms passed before all of it was scored; allow more, or send "
-                "less at a time"
-            ) from error
 
     def _device_faults(self, checked: Checked, outcome: Outcome, scores: Scores) -> list[Fault]:
         """What went wrong on our side: pairs that did not fit, and pairs that are not finite."""

@@ -49,6 +49,11 @@ class Settings(BaseSettings):
     torch_threads: int | None = Field(None, ge=1)
     """CPU threads for matrix products. None: as many as Torch finds cores."""
 
+    warm_up: bool = True
+    """Whether batches at the corners of the budget are computed before the service is ready: their
+    memory is proven to be there, and the first requests do not pay for what is made once. It takes
+    about as long as ten batches."""
+
     max_batch_tokens: int = Field(4096, ge=16)
     """Padded tokens of a micro-batch, sources and targets together. More fill a GPU better; fewer
     let an interactive request wait less behind a bulk one, and bound the memory of hidden states
@@ -57,8 +62,18 @@ class Settings(BaseSettings):
     max_batch_pairs: int = Field(512, ge=1)
     """Targets of a micro-batch. Bounds the attention of very short pairs."""
 
+    max_block_ms: float = Field(100.0, gt=0)
+    """How long a batch of bulk pairs may take, by the measured cost model, while interactive
+    requests come: a running batch is never broken off, so this is what one of them may have to
+    wait. Less is kinder to them, and costs bulk throughput; without interactive requests in the
+    last seconds it does not hold."""
+
+    max_forward_seconds: float = Field(300.0, gt=0)
+    """A batch that takes longer will never end: everybody who waits gets 503, and the process ends
+    with an error for its supervisor to start it anew. Large models on few cores need more."""
+
     max_queue_tokens: int = Field(2_000_000, ge=1)
-    """Source and target tokens admitted and not yet answered; beyond it requests get 429. At
+    """Source and target tokens admitted and not yet computed; beyond it requests get 429. At
     20,000 tokens a second (a small model on two cores) the default is 100 seconds of waiting and
     some 30 MB."""
 
@@ -80,6 +95,10 @@ class Settings(BaseSettings):
     streams: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     """Values of the header `X-Seqloss-Stream` that become a label of the loss histograms, such as
     `news,web`; all others count as `other`. Each costs some 40 time series per model."""
+
+    drain_delay_seconds: float = Field(0.0, ge=0)
+    """After SIGTERM, how long requests are still taken while readiness says 503 already: as long
+    as load balancers need to notice."""
 
     drain_timeout_seconds: int = Field(30, ge=0)
     """After SIGTERM, how long admitted requests may take to finish."""

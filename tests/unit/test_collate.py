@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqloss.batching.collate import Part, collate
+from fakes import FakeEngine, fake_nll
+from seqloss.batching.collate import collate
+from seqloss.batching.jobs import Job, Selection
 from seqloss.records import Batch, Pairs, Ragged
 
 
@@ -89,12 +92,15 @@ def any_parts(draw: st.DrawFn) -> list[tuple[Request, list[int]]]:
     return parts
 
 
-def part(request: Request, rows: list[int]) -> Part:
-    return Part(request.pairs, np.array(rows, np.int64))
+def selection_of(parts: list[tuple[Request, list[int]]], *, all_terms: bool = False) -> Selection:
+    return [
+        (Job(request.pairs, "bulk", all_terms, 0.0, Mock(), number), np.array(rows, np.int64))
+        for number, (request, rows) in enumerate(parts)
+    ]
 
 
 def batch_of(parts: list[tuple[Request, list[int]]]) -> Batch:
-    return collate([part(*both) for both in parts], with_ranks_and_entropies=False)
+    return collate(selection_of(parts)).batch
 
 
 def targets_of(batch: Batch) -> list[Target]:
@@ -111,12 +117,24 @@ def targets_of(batch: Batch) -> list[Target]:
 
 
 @given(any_parts())
-def test_every_target_keeps_what_belongs_to_it(parts: list[tuple[Request, list[int]]]) -> None:
-    batch = batch_of(parts)
-    assert targets_of(batch) == [request.targets[row] for request, rows in parts for row in rows]
+def test_every_pair_keeps_what_belongs_to_it(parts: list[tuple[Request, list[int]]]) -> None:
+    collated = collate(selection_of(parts))
+    batch, targets = collated.batch, targets_of(collated.batch)
+    expected = [request.targets[row] for request, rows in parts for row in rows]
+    assert [targets[index] for index in collated.target_of_pair] == expected
     arrays = (batch.sources.values, batch.source_row, batch.decoder_input_ids.values, batch.labels)
     assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
     assert batch.counted.dtype == np.bool_
+
+
+@given(any_parts())
+def test_equal_pairs_are_one_target(parts: list[tuple[Request, list[int]]]) -> None:
+    targets = targets_of(batch_of(parts))
+    assert all(target not in targets[:index] for index, target in enumerate(targets))
+    assert targets == list(
+        {str(one): one for request, rows in parts for one in map(request.targets.__getitem__, rows)}
+        .values()
+    )  # fmt: skip
 
 
 @given(any_parts())
@@ -128,30 +146,33 @@ def test_sources_are_those_in_use_and_each_is_there_once(
     assert sorted(there) == sorted(used)
 
 
-@given(any_parts())
-def test_counted_positions_are_in_the_order_of_terms(
-    parts: list[tuple[Request, list[int]]],
+@given(any_parts(), st.booleans())
+def test_terms_find_the_way_back_to_their_pairs(
+    parts: list[tuple[Request, list[int]]], all_terms: bool
 ) -> None:
-    batch = batch_of(parts)
-    expected = []
-    for request, rows in parts:
-        begins = np.cumsum([0, *(len(target.labels) for target in request.targets)]).tolist()
-        positions = [
-            begins[row] + place
-            for row in rows
-            for place, flag in enumerate(request.targets[row].counted)
-            if flag
-        ]
-        assert part(request, rows).counted_positions.tolist() == positions
-        expected += request.pairs.labels.values[positions].tolist()
-    assert batch.labels[batch.counted].tolist() == expected
+    selection = selection_of(parts, all_terms=all_terms)
+    collated = collate(selection)
+    assert collated.batch.with_ranks_and_entropies is all_terms
+    collated.scatter(FakeEngine().score(collated.batch))
+    for (job, rows), (request, _) in zip(selection, parts, strict=True):
+        known = Ragged(job.terms.target_logprob, request.pairs.labels.offsets)
+        for row, target in enumerate(request.targets):
+            expected = [
+                -fake_nll(target.source, fed, label) if counts and row in rows else np.nan
+                for fed, label, counts in zip(
+                    target.fed, target.labels, target.counted, strict=True
+                )
+            ]
+            np.testing.assert_array_equal(known.row(row), np.array(expected, np.float32))
 
 
-@pytest.mark.parametrize("with_both", [False, True])
-def test_what_the_engine_is_asked_for_is_passed_on(with_both: bool) -> None:
-    request = request_of([[1]], [0], [[5]], [[True]], start_ids=[9])
-    batch = collate([part(request, [0])], with_ranks_and_entropies=with_both)
-    assert batch.with_ranks_and_entropies is with_both
+def test_digests_that_collide_merge_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "seqloss.batching.collate.row_digests", lambda rows: np.zeros(len(rows), np.int64)
+    )
+    request = request_of([[1], [2]], [0, 1, 0], [[5], [6], [5]], [[True]] * 3, start_ids=[9, 9, 9])
+    targets = targets_of(batch_of([(request, [0, 1, 2])]))
+    assert targets == request.targets
 
 
 def test_equal_sources_of_several_requests_are_one_and_beginnings_stay_apart() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from seqloss.batching.digests import row_digests
+from seqloss.batching.packing import Candidates, packing_order
 from seqloss.records import (
     BoolArray,
     Float32Array,
@@ -16,6 +18,7 @@ from seqloss.records import (
     Pairs,
     Priority,
     TokenTerms,
+    ranges,
 )
 
 
@@ -47,12 +50,17 @@ class Job:
 
     Attributes:
         pairs: what is to be scored.
+        priority: its class.
         all_terms: whether ranks and entropies are wanted.
         arrived: when it was admitted, on the batcher's clock.
         done: resolves when all pairs are scored, fails when they cannot be.
+        number: of its admission; no two jobs of a batcher share one.
+        tenant: whose it is.
+        deadline: when nobody waits for it any more, on the batcher's clock.
         source_lengths, target_lengths: of its pairs. Shape: (N,).
-        num_tokens: what it holds of the queue's budget.
-        waiting: pairs that are in no batch yet, by length.
+        source_keys: equal where sources are, across jobs. Shape: (N,), int64.
+        num_tokens: of all its pairs, what it takes of the queue's budget.
+        num_waiting: pairs that are in no batch yet.
         num_unfinished: pairs that are not scored yet.
         terms: of all label positions; NaN where nothing is known yet, or nothing counts.
     """
@@ -62,10 +70,14 @@ class Job:
     all_terms: bool
     arrived: float
     done: asyncio.Future[None]
+    number: int
+    tenant: str = ""
+    deadline: float = float("inf")
     source_lengths: Int64Array = field(init=False)
     target_lengths: Int64Array = field(init=False)
+    source_keys: Int64Array = field(init=False)
     num_tokens: int = field(init=False)
-    waiting: Int64Array = field(init=False)
+    num_waiting: int = field(init=False)
     num_unfinished: int = field(init=False)
     terms: TokenTerms = field(init=False)
     out_of_memory: BoolArray = field(init=False)
@@ -73,6 +85,9 @@ class Job:
     num_encoded_sources: int = 0
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+    _order: Int64Array | None = None
+    _num_passed: int = 0
+    _num_held: int = field(init=False)
 
     def __post_init__(self) -> None:
         num_labels = len(self.pairs.labels.values)
@@ -81,10 +96,11 @@ class Job:
             return np.full(num_labels, np.nan, np.float32)
 
         self.num_tokens = len(self.pairs.sources.values) + num_labels
+        self._num_held = self.num_tokens
         self.source_lengths = self.pairs.source_lengths
         self.target_lengths = self.pairs.target_lengths
-        self.waiting = np.lexsort((self.source_lengths, self.target_lengths))
-        self.num_unfinished = len(self.pairs)
+        self.source_keys = row_digests(self.pairs.sources)[self.pairs.source_index]
+        self.num_waiting = self.num_unfinished = len(self.pairs)
         self.out_of_memory = np.zeros(len(self.pairs), np.bool_)
         self.terms = TokenTerms(
             target_logprob=unknown(),
@@ -93,7 +109,45 @@ class Job:
             entropy=unknown() if self.all_terms else None,
         )
 
-    def keep(self, positions: Int64Array, terms: TokenTerms, part: slice) -> None:
+    @property
+    def num_outside(self) -> int:
+        """Pairs that `next_rows` has not given yet."""
+        return len(self.pairs) - self._num_passed if self.num_waiting else 0
+
+    def next_rows(self, max_tokens: int, target_weight: float) -> tuple[Int64Array, int]:
+        """The next of its pairs in packing order, at least one, and how many tokens they have."""
+        if self._order is None:
+            candidates = Candidates(self.source_lengths, self.target_lengths, self.source_keys)
+            self._order = packing_order(candidates, target_weight)
+        # A pair has at least two tokens.
+        rows = self._order[self._num_passed : self._num_passed + 1 + max_tokens // 2]
+        tokens = np.cumsum(self.source_lengths[rows] + self.target_lengths[rows])
+        count = max(1, int(tokens.searchsorted(max_tokens, side="right")))
+        self._num_passed += count
+        return rows[:count], int(tokens[count - 1])
+
+    def positions(self, rows: Int64Array) -> Int64Array:
+        """Where the tokens of these rows stand in `pairs.labels.values`, row by row."""
+        return ranges(self.pairs.labels.offsets[rows], self.target_lengths[rows])
+
+    def counted_positions(self, rows: Int64Array) -> Int64Array:
+        """The same of the counted tokens alone: the order of the engine's terms."""
+        positions = self.positions(rows)
+        return positions[self.pairs.counted[positions]]
+
+    def drop_waiting(self) -> None:
+        """None of its pairs waits any more."""
+        self.num_waiting = 0
+
+    def release_tokens(self, *, all_of_them: bool = False) -> int:
+        """Tokens of the queue's budget that it needs no more since it was asked last."""
+        needed = 0
+        if not all_of_them:
+            needed = -(-self.num_tokens * self.num_unfinished // len(self.pairs))
+        freed, self._num_held = self._num_held - needed, min(needed, self._num_held)
+        return max(0, freed)
+
+    def keep(self, positions: Int64Array, terms: TokenTerms, part: Int64Array) -> None:
         """Puts a part of a batch's terms at the given label positions."""
         for mine, theirs in zip(_arrays(self.terms), _arrays(terms), strict=True):
             mine[positions] = theirs[part]
@@ -120,15 +174,22 @@ def num_pairs_of(selection: Selection) -> int:
     return sum(len(rows) for _, rows in selection)
 
 
-def sliced(selection: Selection, start: int, stop: int) -> Selection:
-    """Pairs `start` to `stop` of it."""
-    kept, passed = [], 0
-    for job, rows in selection:
-        mine = rows[max(0, start - passed) : max(0, stop - passed)]
-        if len(mine):
-            kept.append((job, mine))
-        passed += len(rows)
-    return kept
+def halves(selection: Selection) -> tuple[Selection, Selection]:
+    """The pairs with the shorter targets, and those with the longer ones; of two or more pairs."""
+    targets = np.concatenate([job.target_lengths[rows] for job, rows in selection])
+    is_long = np.zeros(len(targets), np.bool_)
+    is_long[targets.argsort(kind="stable")[len(targets) // 2 :]] = True
+    bounds = np.cumsum([len(rows) for _, rows in selection])[:-1]
+    flags = np.split(is_long, bounds)
+    short, long = (
+        [
+            (job, rows[mine == which])
+            for (job, rows), mine in zip(selection, flags, strict=True)
+            if (mine == which).any()
+        ]
+        for which in (False, True)
+    )
+    return short, long
 
 
 def _arrays(terms: TokenTerms) -> tuple[NDArray[Any], ...]:

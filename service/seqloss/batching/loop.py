@@ -8,37 +8,61 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
-
-from seqloss.batching.collate import Part, collate
-from seqloss.batching.jobs import Job, Outcome, Selection, num_pairs_of, sliced
-from seqloss.batching.queues import BatchingLimits, Queue
+from seqloss.batching.admission import Admission, DeviceBudget
+from seqloss.batching.collate import Collated, collate
+from seqloss.batching.cost import BatchShape, CostModel
+from seqloss.batching.jobs import Job, Outcome, Selection, halves, num_pairs_of
+from seqloss.batching.queues import BatchingLimits, Formed, Queue
 from seqloss.engines.base import Engine
 from seqloss.errors import (
+    DeadlineExceededError,
     EngineDeadError,
     NotReadyError,
     OutOfMemoryError,
-    OverloadedError,
-    RequestTooLargeError,
 )
 from seqloss.metrics import BatchReason, BatchReport, ModelMetrics
-from seqloss.records import Pairs, Priority
+from seqloss.records import Pairs, Priority, TokenTerms
 
 _LOG = logging.getLogger(__name__)
 
-# How much the latest batch counts in the measured rate.
-_RATE_WEIGHT = 0.1
+# A batch is formed ahead of time only where so many more like it wait: else what comes meanwhile
+# would have made a better one.
+_BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """Where the work is done that would hold up the event loop.
+
+    Attributes:
+        device: one thread; all models of a device share it, so that they take turns.
+        host: one thread that collates and scatters while the device computes.
+    """
+
+    device: Executor
+    host: Executor
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A batch on its way to the device."""
+
+    formed: Formed
+    collated: Collated
+    reason: BatchReason
+    collate_seconds: float
 
 
 class Batcher:
     """One model's queue and the task that empties it.
 
-    All methods run on the event loop; the engine runs in `device_thread`, an executor with one
-    thread that all models of a device share.
+    All methods run on the event loop, whose clock is the only one here.
     """
 
     def __init__(
@@ -46,53 +70,118 @@ class Batcher:
         engine: Engine,
         limits: BatchingLimits,
         metrics: ModelMetrics,
-        device_thread: Executor,
+        threads: Threads,
         *,
+        cost: CostModel | None = None,
         on_death: Callable[[EngineDeadError], None] = lambda _: None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Starts the task.
+
+        Args:
+            engine: what computes.
+            limits: of batches and of the queue.
+            metrics: what is reported to.
+            threads: where to compute, and where to collate.
+            cost: what a batch takes, where that was measured before.
+            on_death: told once, when the engine is gone.
+        """
+        self._loop = asyncio.get_running_loop()
         self._engine = engine
-        self._queue = Queue(limits)
         self._metrics = metrics
-        self._device_thread = device_thread
+        self._threads = threads
+        self._cost = cost or CostModel()
+        self._queue = Queue(limits, self._cost)
+        self._admission = Admission(limits.max_queue_tokens)
+        self._budget = DeviceBudget(limits.max_batch_tokens)
+        self._max_forward_seconds = limits.max_forward_seconds
         self._on_death = on_death
-        self._clock = clock
-        self._tokens_per_second = 0.0
+        self._num_jobs = 0
         self._work = asyncio.Event()
-        self._closed = False
+        self._splits: deque[Formed] = deque()
+        self._ahead: tuple[Formed, asyncio.Task[_Ready]] | None = None
+        self._scattering: set[asyncio.Task[None]] = set()
+        self._is_closed = False
         self._death: EngineDeadError | None = None
-        self._report_queue()
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self.is_stuck = False
+        metrics.watch_queue(self._queue_state)
+        self._task = self._loop.create_task(self._run())
+
+    def _queue_state(self) -> dict[str, float]:
+        """What gauges show when they are read."""
+        oldest = self._queue.oldest_arrival
+        return {
+            "queue_pairs": self._queue.num_waiting,
+            "queue_tokens": self._admission.held,
+            "queue_oldest_age_seconds": self._loop.time() - oldest if oldest is not None else 0.0,
+            "estimated_wait_seconds": self._admission.seconds_ahead("bulk"),
+            "token_budget": self._budget.tokens,
+        }
+
+    # ------------------------------------------------------------ callers
 
     async def score(
-        self, pairs: Pairs, *, priority: Priority, with_ranks_and_entropies: bool
+        self,
+        pairs: Pairs,
+        *,
+        priority: Priority,
+        with_ranks_and_entropies: bool,
+        seconds_left: float = float("inf"),
+        tenant: str = "",
     ) -> Outcome:
         """Queues all pairs of a request, or none, and waits until they are scored.
 
         Cancelling it takes the pairs that are in no batch yet out of the queue.
 
+        Args:
+            pairs: what is to be scored.
+            priority: the class that it waits in.
+            with_ranks_and_entropies: whether they are wanted.
+            seconds_left: until nobody waits for it any more.
+            tenant: whose it is; those who wait take turns.
+
         Raises:
             RequestTooLargeError: it would not fit an empty queue.
-            OverloadedError: it does not fit the queue now.
+            OverloadedError: it does not fit the queue now, or would not be done in time.
+            DeadlineExceededError: it was not done in time.
             NotReadyError: the service is shutting down.
             EngineDeadError: the device is gone.
         """
-        done = asyncio.get_running_loop().create_future()
-        job = Job(pairs, priority, with_ranks_and_entropies, self._clock(), done)
-        self._refuse(job.num_tokens)
+        now = self._loop.time()
+        self._num_jobs += 1
+        job = Job(
+            pairs,
+            priority,
+            with_ranks_and_entropies,
+            arrived=now,
+            done=self._loop.create_future(),
+            number=self._num_jobs,
+            tenant=tenant,
+            deadline=now + seconds_left,
+        )
+        if self._death:
+            raise EngineDeadError(self._death.detail)
+        if self._is_closed:
+            raise NotReadyError("the service is shutting down", retry_after_seconds=1)
+        if seconds_left <= 0:
+            raise self._missed()
+        self._admission.reserve(priority, job.num_tokens, seconds_left)
         if len(pairs) == 0:
+            self._let_go(job)
             return job.outcome()
         self._queue.add(job)
-        self._report_queue()
         self._work.set()
+        timer = None
+        if seconds_left < float("inf"):
+            timer = self._loop.call_at(job.deadline, self._expire)
         try:
             await job.done
         except asyncio.CancelledError:
             self._metrics.cancelled(job.num_unfinished)
             raise
         finally:
-            self._queue.remove(job)
-            self._report_queue()
+            if timer is not None:
+                timer.cancel()
+            self._let_go(job)
         return job.outcome()
 
     async def drain(self, timeout_seconds: float) -> None:
@@ -100,134 +189,233 @@ class Batcher:
 
         Whoever is still waiting after the timeout gets NotReadyError.
         """
-        self._closed = True
+        self._is_closed = True
         try:
             if waiting := [job.done for job in self._queue.jobs]:
                 await asyncio.wait(waiting, timeout=timeout_seconds)
         finally:
             reason = "the service was shut down before this was done"
-            _fail(self._queue.jobs, NotReadyError(reason, retry_after_seconds=1))
+            self._fail(self._queue.jobs, NotReadyError(reason, retry_after_seconds=1))
             self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+            self._drop_ahead()
+        await asyncio.gather(self._task, *self._scattering, return_exceptions=True)
 
-    def _refuse(self, num_tokens: int) -> None:
-        """Raises where a request of so many tokens cannot be admitted."""
-        if self._death:
-            raise EngineDeadError(self._death.detail)
-        if self._closed:
-            raise NotReadyError("the service is shutting down", retry_after_seconds=1)
-        limit, held = self._queue.limits.max_queue_tokens, self._queue.num_tokens
-        if num_tokens > limit:
-            raise RequestTooLargeError(
-                f"the request has {num_tokens} tokens, and the queue holds at most {limit}; "
-                "split it"
-            )
-        if held + num_tokens > limit:
-            raise OverloadedError(
-                f"{held} tokens wait, {num_tokens} more are over the limit of {limit}; try again "
-                "later",
-                retry_after_seconds=self._seconds_until_done(held + num_tokens - limit),
-            )
+    def _missed(self) -> DeadlineExceededError:
+        self._metrics.deadline_missed()
+        return DeadlineExceededError(
+            "the request's timeout_ms passed before all of it was scored; allow more, or send "
+            "less at a time"
+        )
 
-    def _seconds_until_done(self, num_tokens: int) -> float:
-        """At least a second; no more where nothing was measured yet."""
-        return max(1.0, num_tokens / self._tokens_per_second) if self._tokens_per_second else 1.0
+    def _expire(self) -> None:
+        """Answers those whose time is over; nothing of them is computed any more."""
+        for job in self._queue.expired(self._loop.time()):
+            if not job.done.done():
+                self._metrics.cancelled(job.num_unfinished)
+                self._fail([job], self._missed())
 
-    def _report_queue(self) -> None:
-        self._metrics.queue(self._queue.num_waiting, self._queue.num_tokens)
+    def _fail(self, jobs: Iterable[Job], error: Exception) -> None:
+        for job in jobs:
+            if not job.done.done():
+                job.done.set_exception(error)
+            self._let_go(job)
+
+    def _let_go(self, job: Job) -> None:
+        """Whatever the job still holds is given back; once or more often."""
+        self._queue.remove(job)
+        self._admission.release(job.priority, job.release_tokens(all_of_them=True))
+
+    # ------------------------------------------------------------ the task
 
     async def _run(self) -> None:
+        concerned: list[Job] | None = None
         while not self._death:
-            await self._work.wait()
-            concerned = self._queue.jobs
+            self._work.clear()
             try:
-                batch = self._queue.take_batch()
-                if batch:
-                    concerned = [job for job, _ in batch]
-                    await self._compute(batch)
-                else:
-                    self._work.clear()
+                self._expire()
+                concerned = None
+                formed, collating = self._next()
+                if formed is None or collating is None:
+                    await self._work.wait()
+                    continue
+                concerned = [job for job, _ in formed.selection]
+                ready = await self._still_wanted(await collating)
+                if ready is not None:
+                    await self._compute(ready)
             except EngineDeadError as error:
-                _LOG.critical("the engine is dead: %s", error)
-                self._death = error
-                _fail(self._queue.jobs, error)
-                self._on_death(error)
+                self._die(error)
             except Exception as error:  # whoever waits must hear of it, and the others go on
                 _LOG.exception("a batch failed")
-                _fail(concerned, error)
+                waiting = (job for job in self._queue.jobs if job.num_waiting)
+                self._fail(list(waiting) if concerned is None else concerned, error)
 
-    async def _compute(self, batch: Selection) -> None:
-        started = self._clock()
-        for job, _ in batch:
+    def _next(self) -> tuple[Formed | None, asyncio.Task[_Ready] | None]:
+        """The batch that goes to the device now: halves of one, one formed ahead, or a new one."""
+        if self._splits:
+            formed = self._splits.popleft()
+            return formed, self._collating(formed)
+        turn = self._queue.turn(bulk_is_formed=self._ahead is not None)
+        if turn == "bulk" and self._ahead is not None:
+            (formed, collating), self._ahead = self._ahead, None
+            return formed, collating
+        taken = self._queue.take(turn, self._loop.time(), self._budget.tokens) if turn else None
+        return taken, None if taken is None else self._collating(taken)
+
+    def _form_ahead(self, like: Formed) -> None:
+        """Has the next bulk batch collated while the device computes, where plenty waits.
+
+        An interactive request that comes meanwhile still goes first.
+        """
+        plenty = _BATCHES_AHEAD * num_pairs_of(like.selection)
+        if self._ahead or self._splits or self._queue.num_waiting < plenty:
+            return
+        if self._queue.turn() == "bulk":
+            formed = self._queue.take("bulk", self._loop.time(), self._budget.tokens)
+            if formed is not None:
+                self._ahead = formed, self._collating(formed)
+
+    def _collating(self, formed: Formed) -> asyncio.Task[_Ready]:
+        reason: BatchReason = "full"
+        if not self._queue.num_waiting:
+            reason = "drain" if self._is_closed else "idle"
+
+        async def collated() -> _Ready:
+            started = self._loop.time()
+            made = await self._loop.run_in_executor(self._threads.host, collate, formed.selection)
+            return _Ready(formed, made, reason, self._loop.time() - started)
+
+        return self._loop.create_task(collated())
+
+    async def _still_wanted(self, ready: _Ready) -> _Ready | None:
+        """The batch without those who left, or whose time passed, since it was formed."""
+        self._expire()
+        selection = [part for part in ready.formed.selection if not part[0].done.done()]
+        if len(selection) == len(ready.formed.selection):
+            return ready
+        if not selection:
+            return None
+        return await self._collating(replace(ready.formed, selection=selection))
+
+    async def _compute(self, ready: _Ready) -> None:
+        started = self._loop.time()
+        formed, batch = ready.formed, ready.collated.batch
+        for job, _ in formed.selection:
             if not job.num_batches:
                 job.queue_seconds = started - job.arrived
                 self._metrics.queue_wait(job.priority, job.queue_seconds)
-        self._report_queue()
-        await asyncio.get_running_loop().run_in_executor(
-            self._device_thread, self._score, batch, self._reason()
-        )
-        self._finish(batch, self._clock() - started)
-
-    def _reason(self) -> BatchReason:
-        """Why the batch just taken is not larger."""
-        if self._queue.num_waiting:
-            return "full"
-        return "drain" if self._closed else "idle"
-
-    def _finish(self, batch: Selection, seconds: float) -> None:
-        num_tokens = sum(
-            int((job.source_lengths[rows] + job.target_lengths[rows]).sum()) for job, rows in batch
-        )
-        rate = num_tokens / max(seconds, 1e-9)
-        weight = _RATE_WEIGHT if self._tokens_per_second else 1.0
-        self._tokens_per_second += weight * (rate - self._tokens_per_second)
-        for job, rows in batch:
             job.num_batches += 1
+        self._queue.started(formed.priority, bulk_is_formed=self._ahead is not None)
+        self._form_ahead(formed)
+        terms, seconds = await self._forward(ready)
+        if terms is None:
+            self._split(formed)
+            return
+        self._budget.fitted()
+        shape = BatchShape(
+            len(batch.sources),
+            int(batch.sources.lengths.max()),
+            len(batch.decoder_input_ids),
+            int(batch.decoder_input_ids.lengths.max()),
+        )
+        self._cost.observe(shape, seconds)
+        num_tokens = len(batch.sources.values) + len(batch.labels)
+        self._admission.computed(num_tokens, seconds)
+        # The device need not wait for what is done with its results.
+        finishing = self._loop.create_task(self._finish(ready, terms, seconds))
+        self._scattering.add(finishing)
+        finishing.add_done_callback(self._scattering.discard)
+
+    async def _forward(self, ready: _Ready) -> tuple[TokenTerms | None, float]:
+        """The batch's terms, or None where it does not fit the device; and how long that took."""
+        begun = self._loop.create_future()
+
+        def score() -> tuple[TokenTerms | None, float]:
+            self._loop.call_soon_threadsafe(_resolve, begun)
+            started = self._loop.time()
+            try:
+                return self._engine.score(ready.collated.batch), self._loop.time() - started
+            except OutOfMemoryError:
+                pass
+            # Outside of the except block, whose traceback keeps the tensors alive.
+            self._engine.release_memory()
+            return None, self._loop.time() - started
+
+        forward = asyncio.ensure_future(self._loop.run_in_executor(self._threads.device, score))
+        # Another model may have the device; its own watchdog looks after it.
+        await asyncio.wait({forward, begun}, return_when=asyncio.FIRST_COMPLETED)
+        if self._max_forward_seconds < float("inf"):
+            await asyncio.wait({forward}, timeout=self._max_forward_seconds)
+            if not forward.done():
+                self.is_stuck = True
+                forward.add_done_callback(_ignore)
+                raise EngineDeadError(
+                    f"a batch was not computed within {self._max_forward_seconds:g} s"
+                )
+        return await forward
+
+    def _split(self, formed: Formed) -> None:
+        """A pair that alone does not fit is given up; more are computed as two batches."""
+        self._metrics.out_of_memory()
+        if num_pairs_of(formed.selection) > 1:
+            self._budget.did_not_fit()
+            self._metrics.batch_split()
+            short, long = halves(formed.selection)
+            self._splits.extend((replace(formed, selection=short), replace(formed, selection=long)))
+            return
+        ((job, rows),) = formed.selection
+        job.out_of_memory[rows] = True
+        self._count_done(formed.selection, 0.0)
+
+    async def _finish(self, ready: _Ready, terms: TokenTerms, seconds: float) -> None:
+        """Gives the jobs their terms."""
+        started = self._loop.time()
+        collated = ready.collated
+        try:
+            await self._loop.run_in_executor(self._threads.host, collated.scatter, terms)
+        except Exception as error:  # whoever waits must hear of it
+            _LOG.exception("the results of a batch were lost")
+            self._fail([job for job, _ in collated.selection], error)
+            return
+        self._metrics.batch(
+            BatchReport.of(
+                collated.batch,
+                num_pairs_of(collated.selection),
+                (ready.collate_seconds, seconds, self._loop.time() - started),
+                self._engine.info.source_multiple,
+            ),
+            ready.reason,
+        )
+        info = self._engine.info
+        self._metrics.device_memory(info.device, self._engine.memory_bytes())
+        self._count_done(collated.selection, seconds)
+
+    def _count_done(self, selection: Selection, seconds: float) -> None:
+        for job, rows in selection:
             job.compute_seconds += seconds
             job.num_unfinished -= len(rows)
+            self._admission.release(job.priority, job.release_tokens())
             if not job.num_unfinished and not job.done.done():
                 job.done.set_result(None)
 
-    # ------------------------------------------------------------ on the device's thread
+    def _die(self, error: EngineDeadError) -> None:
+        _LOG.critical("the engine is dead: %s", error)
+        self._death = error
+        self._drop_ahead()
+        self._fail(self._queue.jobs, error)
+        self._on_death(error)
 
-    def _score(self, selection: Selection, reason: BatchReason) -> None:
-        started = self._clock()
-        parts = [Part(job.pairs, rows) for job, rows in selection]
-        batch = collate(parts, with_ranks_and_entropies=selection[0][0].all_terms)
-        collated = self._clock()
-        try:
-            terms = self._engine.score(batch)
-        except OutOfMemoryError:
-            terms = None
-        if terms is None:  # outside the except block, whose traceback keeps the tensors alive
-            self._score_halves(selection, reason)
-            return
-        computed = self._clock()
-        start = 0
-        for (job, _), part in zip(selection, parts, strict=True):
-            positions = part.counted_positions
-            job.keep(positions, terms, slice(start, start + len(positions)))
-            job.num_encoded_sources += len(np.unique(job.pairs.source_index[part.rows]))
-            start += len(positions)
-        scattered = self._clock()
-        self._metrics.batch(
-            BatchReport.of(batch, collated - started, computed - collated, scattered - computed),
-            reason,
-        )
-
-    def _score_halves(self, selection: Selection, reason: BatchReason) -> None:
-        """A single pair that does not fit is given up; more are tried as two batches."""
-        self._metrics.out_of_memory()
-        num_pairs = num_pairs_of(selection)
-        if num_pairs == 1:
-            ((job, rows),) = selection
-            job.out_of_memory[rows] = True
-            return
-        self._score(sliced(selection, 0, num_pairs // 2), reason)
-        self._score(sliced(selection, num_pairs // 2, num_pairs), reason)
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead[1].cancel()
+            self._ahead = None
 
 
-def _fail(jobs: Sequence[Job], error: Exception) -> None:
-    for job in jobs:
-        if not job.done.done():
-            job.done.set_exception(error)
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _ignore(future: asyncio.Future[Any]) -> None:
+    """Reads an error that nobody is left to hear, so that it is not logged as forgotten."""
+    if not future.cancelled():
+        future.exception()

@@ -1,21 +1,28 @@
-"""What waits, who is next, and which pairs of all that waits make the next batch."""
+"""What waits, whose turn it is, and which pairs of all that waits make the next batch.
+
+Pure: time is given, nothing is awaited, and the same calls give the same batches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import heapq
+from dataclasses import dataclass, field
 
-import numpy as np
-
+from seqloss.batching.cost import BatchShape, CostModel
 from seqloss.batching.jobs import Job, Selection
-from seqloss.batching.packing import Candidates, form_batch
-from seqloss.records import Priority
+from seqloss.batching.packing import Caps, form_batch, riders, shape_of
+from seqloss.batching.window import Taken, Window
+from seqloss.records import PRIORITIES, Priority
 
-# Pairs are sorted within so many batches' worth of waiting tokens: sorting more costs more time,
-# sorting less leaves more padding.
+# Pairs are sorted within so many batches' worth of tokens: sorting more costs more time, sorting
+# less leaves more padding.
 _WINDOW_BATCHES = 64
 # After so many interactive batches in a row, a waiting bulk pair is next.
-_MAX_BYPASS = 4
+MAX_BYPASS = 4
+# A request without a deadline is as urgent as one that has so many seconds.
+_PATIENCE: dict[Priority, float] = {"interactive": 1.0, "bulk": 60.0}
+# So long after an interactive request another one is expected.
+_INTERACTIVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,95 +32,257 @@ class BatchingLimits:
     max_batch_tokens: int
     max_batch_pairs: int
     max_queue_tokens: int
+    max_block_seconds: float = float("inf")
+    max_forward_seconds: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Formed:
+    """Pairs that were taken out of the queue to be computed together.
+
+    Attributes:
+        selection: of which jobs, which pairs.
+        priority: the class of its anchor.
+        shape: what it is padded to.
+    """
+
+    selection: Selection
+    priority: Priority
+    shape: BatchShape
 
 
 class Queue:
-    """Admitted requests in the order of their arrival, by priority."""
+    """Admitted requests until all of their pairs are in batches."""
 
-    def __init__(self, limits: BatchingLimits) -> None:
-        self.limits = limits
-        self.num_tokens = 0
-        self._jobs: dict[Priority, list[Job]] = {"interactive": [], "bulk": []}
+    def __init__(self, limits: BatchingLimits, cost: CostModel) -> None:
+        self._limits = limits
+        self._cost = cost
+        self._classes: dict[Priority, _Class] = {
+            priority: _Class(priority) for priority in PRIORITIES
+        }
+        self._jobs: dict[int, Job] = {}
+        self._deadlines: list[tuple[float, int, Job]] = []
         self._bypassed = 0
+        self._interactive_seen = -_INTERACTIVE_SECONDS
+        self.num_waiting = 0
 
     @property
     def jobs(self) -> list[Job]:
-        """All of them, interactive ones first."""
-        return [*self._jobs["interactive"], *self._jobs["bulk"]]
-
-    @property
-    def num_waiting(self) -> int:
-        """Pairs that are in no batch yet."""
-        return sum(len(job.waiting) for job in self.jobs)
+        """Requests that were added and not removed, in the order of their arrival."""
+        return list(self._jobs.values())
 
     def add(self, job: Job) -> None:
-        """Takes a request in; its tokens are held until it is removed."""
-        self._jobs[job.priority].append(job)
-        self.num_tokens += job.num_tokens
+        """Takes a request in."""
+        self._jobs[job.number] = job
+        self.num_waiting += job.num_waiting
+        self._classes[job.priority].add(job)
+        if job.deadline < float("inf"):
+            heapq.heappush(self._deadlines, (job.deadline, job.number, job))
+        if job.priority == "interactive":
+            self._interactive_seen = job.arrived
 
     def remove(self, job: Job) -> None:
-        """Lets a request go, whether it was answered or nobody waits for it."""
-        self._jobs[job.priority].remove(job)
-        self.num_tokens -= job.num_tokens
+        """Lets a request go; those of its pairs that are in no batch yet never will be."""
+        if self._jobs.pop(job.number, None) is not None:
+            self.num_waiting -= job.num_waiting
+            job.drop_waiting()
+            self._classes[job.priority].remove(job)
 
-    def take_batch(self) -> Selection:
-        """Takes the next batch's pairs out of what waits; empty where nothing does."""
-        jobs = self._by_urgency()
-        if not jobs:
-            return []
-        # What one request asked for is not computed for another.
-        window = self._window([job for job in jobs if job.all_terms == jobs[0].all_terms])
-        limits = self.limits
-        candidates = _candidates(window)
-        chosen = form_batch(candidates, 0, limits.max_batch_tokens, limits.max_batch_pairs)
-        taken = np.zeros(len(candidates.target_lengths), np.bool_)
-        taken[chosen] = True
-        batch, start = [], 0
-        for job, rows in window:
-            mine = taken[start : start + len(rows)]
-            start += len(rows)
-            if mine.any():
-                batch.append((job, rows[mine]))
-                job.waiting = np.concatenate([rows[~mine], job.waiting[len(rows) :]])
-        return batch
+    def expired(self, now: float) -> list[Job]:
+        """Requests whose deadline has passed; each is named once. They are to be removed."""
+        passed = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, job = heapq.heappop(self._deadlines)
+            if job.number in self._jobs:
+                passed.append(job)
+        return passed
 
-    def _by_urgency(self) -> list[Job]:
-        """Interactive before bulk, but not more than `_MAX_BYPASS` times in a row."""
-        interactive, bulk = (
-            [job for job in self._jobs[priority] if len(job.waiting) and not job.done.done()]
-            for priority in ("interactive", "bulk")
-        )
-        if not interactive or not bulk:
-            self._bypassed = 0
-        elif self._bypassed == _MAX_BYPASS:
-            self._bypassed = 0
-            return [*bulk, *interactive]
-        else:
-            self._bypassed += 1
-        return [*interactive, *bulk]
+    @property
+    def oldest_arrival(self) -> float | None:
+        """When the first of the requests came that are here still; None where there is none."""
+        return next(iter(self._jobs.values())).arrived if self._jobs else None
 
-    def _window(self, jobs: Sequence[Job]) -> Selection:
-        """The first waiting pairs, up to `_WINDOW_BATCHES` batches' worth of tokens."""
-        room = _WINDOW_BATCHES * self.limits.max_batch_tokens
-        window = []
-        for job in jobs:
-            # A pair has at least two tokens.
-            waiting = job.waiting[: 1 + room // 2]
-            tokens = np.cumsum(job.source_lengths[waiting] + job.target_lengths[waiting])
-            fitting = max(1, int(np.searchsorted(tokens, room, side="right")))
-            window.append((job, waiting[:fitting]))
-            room -= int(tokens[fitting - 1])
-            if room <= 0:
-                break
+    def turn(self, *, bulk_is_formed: bool = False) -> Priority | None:
+        """The class that comes next: interactive, but not more than `MAX_BYPASS` times in a row.
+
+        Args:
+            bulk_is_formed: a batch of bulk pairs has been formed and waits.
+        """
+        bulk = bulk_is_formed or self._classes["bulk"].anchor() is not None
+        if self._classes["interactive"].anchor() is None:
+            return "bulk" if bulk else None
+        return "bulk" if bulk and self._bypassed >= MAX_BYPASS else "interactive"
+
+    def started(self, priority: Priority, *, bulk_is_formed: bool = False) -> None:
+        """A batch with an anchor of this class goes to the device."""
+        bulk_waits = bulk_is_formed or self._classes["bulk"].anchor() is not None
+        self._bypassed = self._bypassed + 1 if priority == "interactive" and bulk_waits else 0
+
+    def take(self, priority: Priority, now: float, max_batch_tokens: int) -> Formed | None:
+        """Takes a batch out of what waits.
+
+        Args:
+            priority: of its anchor.
+            now: on the clock of `Job.arrived`.
+            max_batch_tokens: what the device holds.
+
+        Returns:
+            None where nothing of this class waits.
+        """
+        mine = self._classes[priority]
+        other = self._classes["bulk" if priority == "interactive" else "interactive"]
+        anchor = mine.anchor()
+        if anchor is None:
+            return None
+        limits = self._limits
+        window_tokens = _WINDOW_BATCHES * limits.max_batch_tokens
+        window = mine.window(anchor, self._cost, window_tokens)
+        caps = Caps(max_batch_tokens, limits.max_batch_pairs, self._most_seconds(priority, now))
+        place = window.first_of(anchor)
+        assert place is not None  # noqa: S101 - `window` saw to it
+        chosen = form_batch(window.candidates, place, caps, self._cost)
+        shape = shape_of(window.candidates.part(chosen))
+        taken = window.take(chosen)
+        shape = self._with_riders(taken, shape, caps, other, anchor, window_tokens)
+        for job, rows, num_tokens in taken:
+            job.num_waiting -= len(rows)
+            self.num_waiting -= len(rows)
+            self._classes[job.priority].charge(job, num_tokens)
+        return Formed([(job, rows) for job, rows, _ in taken], priority, shape)
+
+    def _with_riders(
+        self,
+        taken: Taken,
+        shape: BatchShape,
+        caps: Caps,
+        other: _Class,
+        anchor: Job,
+        window_tokens: int,
+    ) -> BatchShape:
+        """Fills the batch up with pairs of the other class, which raise neither of its lengths."""
+        waiting = other.anchor()
+        if waiting is None or waiting.all_terms != anchor.all_terms:
+            return shape
+        if self._cost.is_measured:
+            block = Caps(caps.tokens, caps.pairs, self._limits.max_block_seconds)
+            window = other.window(waiting, self._cost, window_tokens)
+            found = riders(window.candidates, shape, block, self._cost)
+            if len(found):
+                taken.extend(window.take(found))
+                shape = BatchShape(
+                    shape.num_sources + len(found),
+                    shape.source_length,
+                    shape.num_targets + len(found),
+                    shape.target_length,
+                )
+        return shape
+
+    def _most_seconds(self, priority: Priority, now: float) -> float:
+        """A batch is never broken off: those of bulk are short while interactive requests come."""
+        if priority == "interactive" or not self._cost.is_measured:
+            return float("inf")
+        expected = now - self._interactive_seen < _INTERACTIVE_SECONDS
+        return self._limits.max_block_seconds if expected else float("inf")
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """The jobs of one tenant in one class.
+
+    Attributes:
+        served: tokens of it that went into batches, on a clock of tokens which all tenants share.
+        waiting: a heap by urgency of jobs with pairs in no batch.
+        outside: a heap by urgency of jobs with pairs in no window.
+    """
+
+    served: float = 0.0
+    waiting: list[tuple[float, int, Job]] = field(default_factory=list)
+    outside: list[tuple[float, int, Job]] = field(default_factory=list)
+
+    def most_urgent(self) -> Job | None:
+        while self.waiting and not self.waiting[0][2].num_waiting:
+            heapq.heappop(self.waiting)
+        return self.waiting[0][2] if self.waiting else None
+
+
+class _Class:
+    """One priority's jobs, by tenant.
+
+    The tenant whose pairs were served the fewest tokens comes next.  A tenant that was away starts
+    where the others are, so that idling earns nothing; and between two tenants with waiting pairs
+    the difference is never more than what one batch and one pair hold.
+    """
+
+    def __init__(self, priority: Priority) -> None:
+        self._priority = priority
+        self._tenants: dict[str, _Tenant] = {}
+        self._windows = {False: Window(), True: Window()}
+        self._clock = 0.0
+
+    def add(self, job: Job) -> None:
+        tenant = self._tenants.setdefault(job.tenant, _Tenant())
+        if tenant.most_urgent() is None:
+            tenant.served = max(tenant.served, self._clock)
+        urgency = min(job.deadline, job.arrived + _PATIENCE[self._priority])
+        for heap in (tenant.waiting, tenant.outside):
+            heapq.heappush(heap, (urgency, job.number, job))
+
+    def remove(self, job: Job) -> None:
+        self._windows[job.all_terms].remove(job)
+
+    def anchor(self) -> Job | None:
+        """The most urgent job of the tenant whose turn it is; None where nothing waits."""
+        turns = [
+            (tenant.served, job.number, job, tenant)
+            for tenant in self._tenants.values()
+            if (job := tenant.most_urgent()) is not None
+        ]
+        if not turns:
+            return None
+        _, _, job, tenant = min(turns)
+        self._clock = max(self._clock, tenant.served)
+        return job
+
+    def charge(self, job: Job, num_tokens: int) -> None:
+        """Counts what a tenant had of a batch."""
+        self._tenants[job.tenant].served += num_tokens
+
+    def window(self, anchor: Job, cost: CostModel, max_tokens: int) -> Window:
+        """The window with pairs of the anchor in it; filled where it is half empty.
+
+        Sorting it costs little per batch, since it is done once for many.
+        """
+        window = self._windows[anchor.all_terms]
+        room = max_tokens - window.num_tokens
+        coming: Selection = []
+        if window.first_of(anchor) is None:
+            rows, num_tokens = anchor.next_rows(max(max_tokens // 8, room), cost.target_weight)
+            coming.append((anchor, rows))
+            room -= num_tokens
+        if room > max_tokens // 2:
+            coming.extend(self._next_from_outside(anchor, room, cost))
+        if coming:
+            window.add(coming, cost.target_weight)
         return window
 
-
-def _candidates(window: Selection) -> Candidates:
-    numbers = np.repeat(np.arange(len(window)), [len(rows) for _, rows in window])
-    sources = np.concatenate([job.pairs.source_index[rows] for job, rows in window])
-    return Candidates(
-        source_lengths=np.concatenate([job.source_lengths[rows] for job, rows in window]),
-        target_lengths=np.concatenate([job.target_lengths[rows] for job, rows in window]),
-        source_keys=(numbers << 32) + sources,
-        request_numbers=numbers,
-    )
+    def _next_from_outside(self, anchor: Job, room: int, cost: CostModel) -> Selection:
+        """Pairs in the order in which their turn will come: each tenant has a share of the room."""
+        coming: Selection = []
+        tenants = [tenant for tenant in self._tenants.values() if tenant.outside]
+        for left, tenant in enumerate(sorted(tenants, key=lambda one: one.served)):
+            share = room // (len(tenants) - left)
+            passed_over = []
+            while tenant.outside and share > 0:
+                entry = heapq.heappop(tenant.outside)
+                job = entry[2]
+                if not job.num_outside:
+                    continue
+                if job.all_terms == anchor.all_terms:
+                    rows, num_tokens = job.next_rows(share, cost.target_weight)
+                    coming.append((job, rows))
+                    share, room = share - num_tokens, room - num_tokens
+                if job.num_outside:
+                    passed_over.append(entry)
+            for entry in passed_over:
+                heapq.heappush(tenant.outside, entry)
+        return coming

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,12 +12,21 @@ from seqloss.records import Batch, TokenTerms
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What runs the model, where, in which precision."""
+    """What runs the model, where, in which precision.
+
+    Attributes:
+        engine: the runtime.
+        device: `cpu` or `cuda:N`.
+        precision: of matrix products.
+        version: the runtime's.
+        source_multiple: sources are padded to multiples of it; see `bundle.manifest.Graph`.
+    """
 
     engine: EngineName
     device: str
     precision: Precision
     version: str
+    source_multiple: int = 1
 
 
 class Engine(Protocol):
@@ -34,6 +44,14 @@ class Engine(Protocol):
             OutOfMemoryError: the batch does not fit; a smaller one may. The engine lives on.
             EngineDeadError: no call will succeed until the process is started again.
         """
+        ...
+
+    def release_memory(self) -> None:
+        """Gives back what is cached and not in use, after a batch that did not fit."""
+        ...
+
+    def memory_bytes(self) -> Mapping[str, int]:
+        """The device's memory by kind: `used` by the model and its batches, `cached` beside it."""
         ...
 
     def close(self) -> None:

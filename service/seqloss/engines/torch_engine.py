@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -44,7 +44,13 @@ class TorchEngine:
         self._device = device_named(device)
         self._source_multiple = graph.source_multiple
         self._body, self._head = _load(bundle, graph, self._device)
-        self._info = EngineInfo("torch", str(self._device), graph.precision, torch.__version__)
+        self._info = EngineInfo(
+            "torch",
+            str(self._device),
+            graph.precision,
+            torch.__version__,
+            graph.source_multiple,
+        )
 
     @property
     def info(self) -> EngineInfo:
@@ -65,11 +71,22 @@ class TorchEngine:
             )
             return TokenTerms(*(term.cpu().numpy() for term in terms))
 
+    def release_memory(self) -> None:
+        """See `Engine.release_memory`."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def memory_bytes(self) -> Mapping[str, int]:
+        """See `Engine.memory_bytes`; on a CPU the process's own metrics tell, and this is empty."""
+        if self._device.type != "cuda":
+            return {}
+        used = torch.cuda.memory_allocated(self._device)
+        return {"used": used, "cached": torch.cuda.memory_reserved(self._device) - used}
+
     def close(self) -> None:
         """Frees the device's memory."""
         del self._body, self._head
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.release_memory()
 
 
 def device_named(name: str) -> torch.device:

@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from seqloss import __version__
+from seqloss.batching.loop import Threads
 from seqloss.bundle.reader import Bundle
 from seqloss.engines.loader import load_engine
 from seqloss.http import problems
@@ -28,6 +29,8 @@ _LOG = logging.getLogger(__name__)
 # Replies are text; the fastest level takes most of what there is to gain.
 _COMPRESS_FROM_BYTES = 4096
 _COMPRESSION_LEVEL = 1
+
+_LAG_EVERY_SECONDS = 0.25
 
 
 def create_app(
@@ -85,25 +88,40 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # One thread per device: models that share it take turns.
-        with ThreadPoolExecutor(1, "seqloss-device") as device_thread:
-            loading = asyncio.create_task(_load_all(models, device_thread, on_loaded))
-            app.state.loading = loading
-            yield
-            loading.cancel()
-            await asyncio.gather(loading, return_exceptions=True)
-            await asyncio.gather(*(runtime.close() for runtime in models.values()))
+        device, host = (
+            ThreadPoolExecutor(1, "seqloss-device"),
+            ThreadPoolExecutor(1, "seqloss-host"),
+        )
+        loading = asyncio.create_task(_load_all(models, Threads(device, host), on_loaded))
+        watching = asyncio.create_task(_watch_event_loop(app.state.metrics))
+        app.state.loading = loading
+        yield
+        for task in (loading, watching):
+            task.cancel()
+        await asyncio.gather(loading, watching, return_exceptions=True)
+        await asyncio.gather(*(runtime.close() for runtime in models.values()))
+        # A thread in a batch that never ends is not waited for.
+        device.shutdown(wait=not any(runtime.is_stuck for runtime in models.values()))
+        host.shutdown()
 
     return lifespan
 
 
+async def _watch_event_loop(metrics: Metrics) -> None:
+    """Measures how long what is ready to run has to wait."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + _LAG_EVERY_SECONDS
+        await asyncio.sleep(_LAG_EVERY_SECONDS)
+        metrics.event_loop_lag.observe(max(0.0, loop.time() - due))
+
+
 async def _load_all(
-    models: Mapping[str, LossRuntime],
-    device_thread: ThreadPoolExecutor,
-    on_loaded: Callable[[], None],
+    models: Mapping[str, LossRuntime], threads: Threads, on_loaded: Callable[[], None]
 ) -> None:
     for runtime in models.values():
-        await runtime.start(device_thread)
-        if runtime.engine is not None:
+        await runtime.start(threads)
+        if runtime.state == "ready" and runtime.engine is not None:
             info = runtime.engine.info
             graph = runtime.bundle.manifest.graph(info.engine, info.precision)
             _LOG.info(

@@ -1,0 +1,107 @@
+"""How long a batch takes: an affine model of its padded work, fitted while the service runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from seqloss.records import Float64Array
+
+# Until something was measured: only the ratios matter, and a head makes targets dearer.
+_PRIOR = (5e-3, 1e-5, 2e-5, 0.0)
+# Keeps the products of the fit near 1.
+_SCALE = np.array([1.0, 1e-3, 1e-3, 1e-6])
+# What an observation still counts after the next one.
+_FORGETTING = 0.98
+_RIDGE = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """A padded batch, or one per entry of arrays of one shape.
+
+    Attributes:
+        num_sources: U.
+        source_length: S, of the longest source.
+        num_targets: B.
+        target_length: T, of the longest target.
+    """
+
+    num_sources: Any
+    source_length: Any
+    num_targets: Any
+    target_length: Any
+
+    @property
+    def tokens(self) -> Any:
+        """Padded tokens on both sides: U * S + B * T."""
+        return self.num_sources * self.source_length + self.num_targets * self.target_length
+
+    def at(self, index: int) -> BatchShape:
+        """One of several."""
+        return BatchShape(
+            int(self.num_sources[index]),
+            int(self.source_length[index]),
+            int(self.num_targets[index]),
+            int(self.target_length[index]),
+        )
+
+    def work(self) -> tuple[Any, Any, Any]:
+        """Encoder tokens, decoder tokens, and pairs of positions that attend."""
+        source, target = self.source_length, self.target_length
+        encoded, decoded = self.num_sources * source, self.num_targets * target
+        return encoded, decoded, encoded * source + decoded * (source + target)
+
+
+class CostModel:
+    """Seconds of a batch: `a + b_enc U S + b_dec B T + c (U S^2 + B T (S + T))`, none negative.
+
+    Least squares of the relative error over the measured batches, the latest of which count most.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = _PRIOR
+        self._products = np.zeros((4, 4))
+        self._moments = np.zeros(4)
+        self.is_measured = False
+
+    @property
+    def coefficients(self) -> Float64Array:
+        """a, b_enc, b_dec and c. Shape: (4,)."""
+        return np.array(self._numbers)
+
+    def seconds(self, shape: BatchShape) -> Any:
+        """What batches of such shapes take; before the first measurement only ratios hold."""
+        fixed, by_encoded, by_decoded, by_attended = self._numbers
+        encoded, decoded, attended = shape.work()
+        return fixed + by_encoded * encoded + by_decoded * decoded + by_attended * attended
+
+    @property
+    def target_weight(self) -> float:
+        """How many tokens of a source cost as much as one token of a target."""
+        _, source, target, _ = self._numbers
+        return min(100.0, max(0.1, target / max(source, 1e-12)))
+
+    def observe(self, shape: BatchShape, seconds: float) -> None:
+        """A batch took so long."""
+        features = np.array([1.0, *shape.work()]) * _SCALE / max(seconds, 1e-9)
+        self._products = _FORGETTING * self._products + np.outer(features, features)
+        self._moments = _FORGETTING * self._moments + features
+        # Plain numbers: products of them with numbers are ten times as fast as those of arrays.
+        self._numbers = tuple((self._fitted() * _SCALE).tolist())
+        self.is_measured = True
+
+    def _fitted(self) -> Float64Array:
+        """Drops one negative coefficient after the other: with four of them that is enough."""
+        kept = np.arange(4)
+        while True:
+            products = self._products[np.ix_(kept, kept)]
+            ridge = _RIDGE * np.trace(products) * np.eye(len(kept))
+            found = np.linalg.solve(products + ridge, self._moments[kept])
+            if (found >= 0).all():
+                coefficients = np.zeros(4)
+                coefficients[kept] = found
+                return coefficients
+            kept = np.delete(kept, found.argmin())
