@@ -31,6 +31,13 @@ ORACLE = SHARED / "oracle" / "aren-transliteration"
 MakeClient = Callable[..., TestClient]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What a person may ask for beyond what every run does."""
+    parser.addoption(
+        "--soak-seconds", type=float, default=60, help="how long the soak test goes on"
+    )
+
+
 def _gpu_is_missing() -> str | None:
     """Why tests that need a GPU are skipped, or None."""
     try:

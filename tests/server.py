@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 
@@ -13,10 +15,22 @@ class Server:
     """A `seqloss serve` process on a port of its own; its log is read as it comes."""
 
     def __init__(self, *arguments: str, port: int = 0) -> None:
+        self._start("-m", "seqloss.cli", "serve", *arguments, "--port", str(port))
+
+    @classmethod
+    def with_fault(cls, fault: str, **settings: object) -> Server:
+        """A server of the fake model whose engine fails; see `faulty_service.py`."""
+        server = cls.__new__(cls)
+        environment = {f"SEQLOSS_{name.upper()}": str(value) for name, value in settings.items()}
+        server._start(str(Path(__file__).parent / "faulty_service.py"), fault, **environment)
+        return server
+
+    def _start(self, *command: str, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "seqloss.cli", "serve", *arguments, "--port", str(port)],
+            [sys.executable, *command],
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | environment,
         )
         self.log = ""
 
@@ -34,6 +48,12 @@ class Server:
         address = self.read_until(r"listening on (http://\S+)").group(1)
         self.read_until("is ready on")
         return httpx.Client(base_url=address)
+
+    @property
+    def address(self) -> str:
+        """Where it is, once it is ready."""
+        self.read_until("is ready on")
+        return self.read_until(r"listening on (http://\S+)").group(1)
 
     def exit_status(self) -> int:
         """Waits for the end; `log` is whole afterwards."""

@@ -33,7 +33,9 @@ def test_a_bundle_is_served_until_sigterm(serve: Serve, bundle_of: Any) -> None:
 
 
 def large_request(num_pairs: int) -> dict[str, Any]:
-    return {"source_ids": [[1] * 40] * num_pairs, "target_ids": [[2] * 40] * num_pairs}
+    """All of them different: equal pairs are computed once."""
+    targets = [[2 + index % 90, 2 + index // 90] * 20 for index in range(num_pairs)]
+    return {"source_ids": [[1] * 40] * num_pairs, "target_ids": targets}
 
 
 @pytest.mark.parametrize(("drain_seconds", "expected"), [("60", 200), ("0", 503)])
