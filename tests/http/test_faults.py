@@ -87,7 +87,7 @@ def outcomes_of(
     at_once: int = 32,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Counter[str]:
-    """Sends all bodies, so many at a time; when a third of them is answered, `meanwhile` is done."""
+    """Sends all bodies, so many at a time; does `meanwhile` once a third of them is answered."""
 
     async def run() -> Counter[str]:
         free, answered, done = asyncio.Semaphore(at_once), Counter[str](), asyncio.Event()

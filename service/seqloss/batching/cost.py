@@ -62,20 +62,25 @@ class CostModel:
     """
 
     def __init__(self) -> None:
-        self._numbers = _PRIOR
+        self._numbers: tuple[float, ...] = _PRIOR
         self._products = np.zeros((4, 4))
         self._moments = np.zeros(4)
         self.is_measured = False
 
     @property
-    def coefficients(self) -> Float64Array:
-        """a, b_enc, b_dec and c. Shape: (4,)."""
-        return np.array(self._numbers)
+    def numbers(self) -> tuple[float, ...]:
+        """a, b_enc, b_dec and c, in seconds."""
+        return self._numbers
 
     def seconds(self, shape: BatchShape) -> Any:
         """What batches of such shapes take; before the first measurement only ratios hold."""
+        return self.seconds_of_work(*shape.work())
+
+    def seconds_of_work(self, encoded: Any, decoded: Any, attended: Any) -> Any:
+        """The same of what `BatchShape.work` returns."""
         fixed, by_encoded, by_decoded, by_attended = self._numbers
-        encoded, decoded, attended = shape.work()
+        if not by_attended:
+            return fixed + by_encoded * encoded + by_decoded * decoded
         return fixed + by_encoded * encoded + by_decoded * decoded + by_attended * attended
 
     @property

@@ -6,11 +6,12 @@ No Python runs per pair: a hundred thousand of them are packed in two hundred mi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from seqloss.batching.cost import BatchShape, CostModel
-from seqloss.records import BoolArray, Int64Array
+from seqloss.records import BoolArray, Float64Array, Int64Array
 
 # Lengths are below this, so that three numbers sort as one.
 _BITS = 21
@@ -55,12 +56,6 @@ class Candidates:
             self.source_lengths[rows], self.target_lengths[rows], self.source_keys[rows]
         )
 
-    def reversed(self) -> Candidates:
-        """The last one first."""
-        return Candidates(
-            self.source_lengths[::-1], self.target_lengths[::-1], self.source_keys[::-1]
-        )
-
 
 def packing_order(candidates: Candidates, target_weight: float) -> Int64Array:
     """An order in which neighbours make good batches: by target length, then by source length.
@@ -88,7 +83,7 @@ def packing_order(candidates: Candidates, target_weight: float) -> Int64Array:
 def _longest_of_source(candidates: Candidates) -> Int64Array:
     """The longest target of each pair's source. Shape: (N,)."""
     order = candidates.source_keys.argsort(kind="stable")
-    is_first = _differs_from_last(candidates.source_keys[order])
+    is_first = differs_from_last(candidates.source_keys[order])
     starts = np.flatnonzero(is_first)
     longest = np.empty_like(candidates.target_lengths)
     if len(order):
@@ -98,11 +93,15 @@ def _longest_of_source(candidates: Candidates) -> Int64Array:
 
 
 def form_batch(candidates: Candidates, anchor: int, caps: Caps, cost: CostModel) -> slice:
-    """Grows a batch around the anchor while that makes a token cheaper.
+    """Grows a batch around the anchor to where it is the most efficient.
 
-    It grows the one way, then the other; of the two beginnings the one with the cheaper tokens is
-    taken.  On each way the cost model says where to stop, within the caps.  The anchor is always in
-    the batch, even where it alone exceeds the caps, so that nothing waits for ever.
+    Efficient is what takes little more than its pairs must: their tokens without padding, and of
+    each source as large a part as there are pairs of it, so that a batch which encodes a source for
+    few of them has that against it.
+
+    It grows the one way, then the other; of the two beginnings the more efficient one is taken.  On
+    each way the cost model says where to stop, within the caps.  The anchor is always in the batch,
+    even where it alone exceeds the caps, so that nothing waits for ever.
 
     Args:
         candidates: N pairs in their `packing_order`.
@@ -113,25 +112,42 @@ def form_batch(candidates: Candidates, anchor: int, caps: Caps, cost: CostModel)
     Returns:
         The batch, as a range of indices around the anchor.
     """
-    first = candidates.target_lengths[anchor] or 1
     # More pairs than that exceed the tokens, since no target is padded to less than the anchor's.
-    furthest = min(caps.pairs, caps.tokens // int(first) + 1)
-    up = slice(anchor + 1, min(anchor + furthest, len(candidates)))
-    down = slice(max(anchor - furthest, 0), anchor)
-    alone = _Grown(
-        BatchShape(1, int(candidates.source_lengths[anchor]), 1, int(first)),
-        int(candidates.source_lengths[anchor] + first),
-    )
-    upwards = alone.grow(candidates.part(up), caps, cost)
-    downwards = alone.grow(candidates.part(down).reversed(), caps, cost)
-    if upwards.seconds_per_token <= downwards.seconds_per_token:
-        whole = upwards.grow(candidates.part(down).reversed(), caps, cost)
+    longest = min(caps.pairs, caps.tokens // int(candidates.target_lengths[anchor]) + 1)
+    first, last = max(anchor - longest, 0), min(anchor + longest, len(candidates))
+    near, place = candidates.part(slice(first, last)), anchor - first
+    least = _least_seconds(near, cost)
+    down, up = slice(place - 1, None, -1) if place else slice(0, 0), slice(place + 1, None)
+    below, above = (_Way(near.part(way), least[way]) for way in (down, up))
+
+    alone = _Grown.alone(near, place, float(least[place]), cost)
+    upwards, downwards = alone.grow(above, caps, cost), alone.grow(below, caps, cost)
+    if upwards.efficiency >= downwards.efficiency:
+        whole = upwards.grow(below, caps, cost)
         num_up = upwards.num_pairs - 1
     else:
-        whole = downwards.grow(candidates.part(up), caps, cost)
+        whole = downwards.grow(above, caps, cost)
         num_up = whole.num_pairs - downwards.num_pairs
     stop = anchor + 1 + num_up
     return slice(stop - whole.num_pairs, stop)
+
+
+def _least_seconds(candidates: Candidates, cost: CostModel) -> Float64Array:
+    """What each pair must take at least, its share of its source included. Shape: (N,)."""
+    source = differs_from_last(candidates.source_keys).cumsum() - 1
+    num_pairs = np.bincount(source)[source]
+    _, by_encoded, by_decoded, by_attended = cost.numbers
+    sources, targets = candidates.source_lengths, candidates.target_lengths
+    seconds: Float64Array = (by_encoded + by_attended * sources) * sources / num_pairs
+    seconds += (by_decoded + by_attended * (sources + targets)) * targets
+    return seconds
+
+
+class _Way(NamedTuple):
+    """Pairs in the order in which a batch may take them in, and what each must take."""
+
+    candidates: Candidates
+    least_seconds: Float64Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,46 +156,64 @@ class _Grown:
 
     Attributes:
         shape: what it is padded to.
-        num_tokens: without padding.
-        seconds_per_token: what the last growth came to; inf where nothing was added.
+        least_seconds: what its pairs must take.
+        efficiency: of what it takes, so much is what it must.
+        anchor_source: the key of the anchor's source, which both ways begin beside.
     """
 
     shape: BatchShape
-    num_tokens: int
-    seconds_per_token: float = np.inf
+    least_seconds: float
+    efficiency: float
+    anchor_source: int
+
+    @classmethod
+    def alone(
+        cls, candidates: Candidates, anchor: int, least_seconds: float, cost: CostModel
+    ) -> _Grown:
+        """The anchor and nothing else."""
+        shape = BatchShape(
+            1, int(candidates.source_lengths[anchor]), 1, int(candidates.target_lengths[anchor])
+        )
+        efficiency = least_seconds / float(cost.seconds(shape))
+        return cls(shape, least_seconds, efficiency, int(candidates.source_keys[anchor]))
 
     @property
     def num_pairs(self) -> int:
         return int(self.shape.num_targets)
 
-    def grow(self, way: Candidates, caps: Caps, cost: CostModel) -> _Grown:
+    def grow(self, way: _Way, caps: Caps, cost: CostModel) -> _Grown:
         """Adds a beginning of the way, where equal sources are neighbours; maybe nothing of it."""
-        if not len(way):
+        shape, candidates = self.shape, way.candidates
+        if not len(candidates) or shape.tokens + shape.target_length > caps.tokens:
             return self
-        shape, sources, targets = self.shape, way.source_lengths, way.target_lengths
-        is_first = _differs_from_last(way.source_keys)
+        is_first = differs_from_last(candidates.source_keys)
+        is_first[0] = candidates.source_keys[0] != self.anchor_source
+        sources, targets = candidates.source_lengths, candidates.target_lengths
         shapes = BatchShape(
             num_sources=is_first.cumsum() + shape.num_sources,
             source_length=np.maximum.accumulate(np.maximum(sources, shape.source_length)),
-            num_targets=np.arange(shape.num_targets + 1, shape.num_targets + len(way) + 1),
+            num_targets=np.arange(shape.num_targets + 1, shape.num_targets + len(candidates) + 1),
             target_length=np.maximum.accumulate(np.maximum(targets, shape.target_length)),
         )
+        encoded, decoded, attended = shapes.work()
         # Both rise along the way: what fits is a beginning of it.
         fitting = min(
-            int(shapes.tokens.searchsorted(caps.tokens, side="right")),
+            int((encoded + decoded).searchsorted(caps.tokens, side="right")),
             caps.pairs - self.num_pairs,
         )
-        seconds = cost.seconds(shapes)
+        seconds = cost.seconds_of_work(encoded, decoded, attended)
         if caps.seconds < np.inf:
             fitting = min(fitting, int(seconds.searchsorted(caps.seconds, side="right")))
         if fitting <= 0:
             return self
-        num_tokens = (targets + sources * is_first)[:fitting].cumsum() + self.num_tokens
-        per_token = seconds[:fitting] / num_tokens
-        best = int(per_token.argmin())
-        if per_token[best] > float(cost.seconds(shape)) / self.num_tokens:
+        least_seconds = way.least_seconds[:fitting].cumsum() + self.least_seconds
+        efficiency = least_seconds / seconds[:fitting]
+        best = int(efficiency.argmax())
+        if efficiency[best] < self.efficiency:
             return self
-        return _Grown(shapes.at(best), int(num_tokens[best]), float(per_token[best]))
+        return _Grown(
+            shapes.at(best), float(least_seconds[best]), float(efficiency[best]), self.anchor_source
+        )
 
 
 def riders(candidates: Candidates, shape: BatchShape, caps: Caps, cost: CostModel) -> Int64Array:
@@ -207,14 +241,16 @@ def riders(candidates: Candidates, shape: BatchShape, caps: Caps, cost: CostMode
 def shape_of(candidates: Candidates) -> BatchShape:
     """Of a batch of all the candidates, in packing order."""
     return BatchShape(
-        num_sources=int(_differs_from_last(candidates.source_keys).sum()),
+        num_sources=int(differs_from_last(candidates.source_keys).sum()),
         source_length=int(candidates.source_lengths.max()),
         num_targets=len(candidates),
         target_length=int(candidates.target_lengths.max()),
     )
 
 
-def _differs_from_last(keys: Int64Array) -> BoolArray:
-    differs = np.ones(len(keys), np.bool_)
+def differs_from_last(keys: Int64Array) -> BoolArray:
+    """Where a key is another one than that before it; the first one is. Shape: as given."""
+    differs = np.empty(len(keys), np.bool_)
+    differs[:1] = True
     np.not_equal(keys[1:], keys[:-1], out=differs[1:])
     return differs

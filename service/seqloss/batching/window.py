@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from seqloss.batching.jobs import Job, Selection
-from seqloss.batching.packing import Candidates, packing_order
-from seqloss.records import BoolArray, Int64Array
+from seqloss.batching.packing import Candidates, differs_from_last, packing_order
+from seqloss.records import Int64Array
 
 # Rows of the table; a pair is a column of it.
 _SOURCE_LENGTH, _TARGET_LENGTH, _SOURCE_KEY, _JOB, _ROW = range(5)
@@ -70,7 +70,7 @@ class Window:
         self.num_tokens -= int(tokens.sum())
         order = taken[_JOB].argsort(kind="stable")
         numbers, rows = taken[_JOB][order], taken[_ROW][order]
-        starts = np.flatnonzero(_differs(numbers))
+        starts = np.flatnonzero(differs_from_last(numbers))
         bounds = [*starts.tolist(), len(rows)]
         return [
             (self._jobs[number], rows[start:stop], num_tokens)
@@ -91,10 +91,3 @@ class Window:
 
     def _count(self) -> None:
         self.num_tokens = int(self._table[: _TARGET_LENGTH + 1].sum())
-
-
-def _differs(numbers: Int64Array) -> BoolArray:
-    """From the one before; the first one does. Shape: as given."""
-    differs = np.ones(len(numbers), np.bool_)
-    np.not_equal(numbers[1:], numbers[:-1], out=differs[1:])
-    return differs
