@@ -21,6 +21,8 @@ _WINDOW_BATCHES = 64
 MAX_BYPASS = 4
 # A request without a deadline is as urgent as one that has so many seconds.
 _PATIENCE: dict[Priority, float] = {"interactive": 1.0, "bulk": 60.0}
+# A batch may take so many times as long with riders as without.
+_WITH_RIDERS = 2.0
 # So long after an interactive request another one is expected.
 _INTERACTIVE_SECONDS = 5.0
 
@@ -164,7 +166,9 @@ class Queue:
         if waiting is None or waiting.all_terms != anchor.all_terms:
             return shape
         if self._cost.is_measured:
-            block = Caps(caps.tokens, caps.pairs, self._limits.max_block_seconds)
+            alone = float(self._cost.seconds(shape))
+            seconds = min(_WITH_RIDERS * alone, self._limits.max_block_seconds)
+            block = Caps(caps.tokens, caps.pairs, seconds)
             window = other.window(waiting, self._cost, window_tokens)
             found = riders(window.candidates, shape, block, self._cost)
             if len(found):
