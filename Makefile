@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 BENCH_ARGS ?=
 
-.PHONY: help serve test check bench families demo-bundle demo-checkpoint constraints clean
+.PHONY: help serve test test-long check bench bench-serving families demo-bundle demo-checkpoint constraints clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,10 @@ serve: $(BUNDLE)/manifest.json  ## Serve the demo model; PORT=8000 by default
 test: $(INSTALLED)  ## Run all tests, a few at a time
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
+test-long: $(INSTALLED)  ## Look for bugs in the batching with random examples, for an hour or so
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit --hypothesis-profile=long --timeout=0 \
+	  --numprocesses auto --maxprocesses 4
+
 check: $(INSTALLED)  ## Format, lint, types, import rule, README
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -27,6 +31,9 @@ check: $(INSTALLED)  ## Format, lint, types, import rule, README
 
 bench: $(INSTALLED)  ## Measure speed and memory; BENCH_ARGS=--help lists its arguments
 	@PYTHONPATH=tests $(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-serving: $(INSTALLED)  ## Measure the service under load; BENCH_ARGS=--help lists its arguments
+	@PYTHONPATH=tests $(BIN)/python -m benchmarks.serving $(BENCH_ARGS)
 
 families: $(INSTALLED)  ## Measure every family's error anew, for the table in the README
 	@PYTHONPATH=tests $(BIN)/python -m benchmarks.families --readme README.md

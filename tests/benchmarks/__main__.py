@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import orjson
 
 from benchmarks import report
-from benchmarks.machine import available_cores
+from benchmarks.arguments import add_common, positive, set_environment
 from benchmarks.memory import MemorySize
 from benchmarks.models import MODELS
 from benchmarks.results import Results
@@ -23,9 +21,7 @@ from benchmarks.session import Plan, measure
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints, and writes what was asked for."""
     options = _parser().parse_args(arguments)
-    # Workers and servers inherit it; Torch, MKL and CTranslate2 look at it when they are loaded.
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    set_environment(options.threads)
     try:
         results = measure(_plan(options))
     except subprocess.CalledProcessError as error:  # it has said why
@@ -65,20 +61,17 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", choices=MODELS, default="marian-base")
+    add_common(parser)
     parser.add_argument(
         "--scale",
         type=float,
         help="the logits' standard deviation; by default such that drawn tokens cost some 3 nats",
     )
-    parser.add_argument("--pairs", type=_positive, default=512, help="how many are scored")
+    parser.add_argument("--pairs", type=positive, default=512, help="how many are scored")
     parser.add_argument(
-        "--sweep-pairs", type=_positive, default=256, help="how many a setting is tried on"
+        "--sweep-pairs", type=positive, default=256, help="how many a setting is tried on"
     )
-    parser.add_argument("--rounds", type=_positive, default=5)
-    parser.add_argument(
-        "--threads", type=_positive, default=available_cores(), help="of every variant"
-    )
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument(
         "--precisions", nargs="+", default=["float32", "bfloat16"], help="of seqloss's bundle"
     )
@@ -90,21 +83,9 @@ def _parser() -> argparse.ArgumentParser:
         help="names as in the tables, with * for anything",
     )
     parser.add_argument("--no-memory", action="store_true", help="leave the memory benchmark out")
-    parser.add_argument("--memory-vocabulary", type=_positive, default=MemorySize().vocabulary)
-    parser.add_argument("--memory-tokens", type=_positive, default=MemorySize().target_tokens)
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="every measurement")
-    parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="the tables as a page")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("build/bench"), help="where models are kept"
-    )
+    parser.add_argument("--memory-vocabulary", type=positive, default=MemorySize().vocabulary)
+    parser.add_argument("--memory-tokens", type=positive, default=MemorySize().target_tokens)
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -59,13 +59,13 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def origin() -> Origin:
-    """Of this process."""
+def origin(make_target: str) -> Origin:
+    """Of this process, which `make` can start again."""
     arguments = shlex.join(sys.argv[1:])
     return Origin(
         commit=_commit(),
         # What the shell had quoted is now in single quotes, so that double ones go around it.
-        command="make bench" + (f' BENCH_ARGS="{arguments}"' if arguments else ""),
+        command=f"make {make_target}" + (f' BENCH_ARGS="{arguments}"' if arguments else ""),
         versions={"python": platform.python_version()} | dict(map(_version, _PACKAGES)),
         environment={
             name: value for name, value in sorted(os.environ.items()) if name.startswith("SEQLOSS_")

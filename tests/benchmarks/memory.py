@@ -14,7 +14,8 @@ from transformers import AutoModelForSeq2SeqLM
 
 from benchmarks import resources
 from benchmarks.models import Model, marian
-from benchmarks.workload import Pairs, teacher_forced
+from benchmarks.pairs import Pairs
+from benchmarks.workload import teacher_forced
 from seqloss.bundle.manifest import Precision
 from seqloss.bundle.reader import open_bundle
 from seqloss.engines.loader import load_engine

@@ -37,15 +37,32 @@ def useful_operations(
     What is not a matrix product (softmax, layer norms, activations, embeddings) is left out.
     """
     return sum(
-        2 * (_encoder(shape, source) + _decoder(shape, source, target) + _head(shape, target))
+        encoder_operations(shape, source) + target_operations(shape, source, target)
         for source, target in zip(source_lengths, target_lengths, strict=True)
     )
 
 
-def _encoder(shape: Shape, source: int) -> int:
-    return shape.encoder_layers * (
-        source * _token_multiply_adds(shape) + 2 * source * source * shape.width
+def encoder_operations(shape: Shape, source: int) -> int:
+    """Of one source, however many targets it has."""
+    return (
+        2
+        * shape.encoder_layers
+        * (source * _token_multiply_adds(shape) + 2 * source * source * shape.width)
     )
+
+
+def target_operations(shape: Shape, source: int, target: int) -> int:
+    """Of one target: the decoder, the cross-attention's keys and values included, and the head."""
+    return 2 * (_decoder(shape, source, target) + _head(shape, target))
+
+
+def encode_once_gain(
+    shape: Shape, source_tokens: int, target_tokens: int, num_candidates: int
+) -> float:
+    """Operations where every target's source is encoded, over those where each source is once."""
+    encoder = encoder_operations(shape, source_tokens)
+    target = target_operations(shape, source_tokens, target_tokens)
+    return (encoder + target) / (encoder / num_candidates + target)
 
 
 def _decoder(shape: Shape, source: int, target: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from benchmarks.gemm import PRECISIONS
+from benchmarks.machine import Machine, Origin
 from benchmarks.results import Outcome, Results, Summary
 
 _PREAMBLE = """\
@@ -86,13 +87,8 @@ def markdown(results: Results) -> str:
 
 def _facts(results: Results) -> list[str]:
     machine, workload, origin = results.machine, results.workload, results.origin
-    versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
-    facts = [
-        (
-            f"machine: {machine.cpu}, {machine.cores} cores ({' '.join(machine.flags)}), "
-            f"{machine.memory_bytes / 1e9:.0f} GB, {machine.system}"
-        ),
-        f"versions: {versions}; commit {origin.commit}",
+    return [
+        *platform_facts(machine, origin),
         (
             f"measured: {results.started_at}, rounds: {results.rounds}, "
             f"threads: {results.threads}, `{origin.command}`"
@@ -109,11 +105,26 @@ def _facts(results: Results) -> list[str]:
             f"arithmetic: {workload.operations / 1e12:.3g} tera-operations without padding; the "
             f"machine's GEMM rate: {_rates(results)}"
         ),
+        *settings_facts(origin),
     ]
-    if origin.environment:
-        settings = ", ".join(f"{name}={value}" for name, value in origin.environment.items())
-        facts.append(f"settings: {settings}")
-    return facts
+
+
+def platform_facts(machine: Machine, origin: Origin) -> list[str]:
+    """The machine, and with what code."""
+    versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
+    return [
+        (
+            f"machine: {machine.cpu}, {machine.cores} cores ({' '.join(machine.flags)}), "
+            f"{machine.memory_bytes / 1e9:.0f} GB, {machine.system}"
+        ),
+        f"versions: {versions}; commit {origin.commit}",
+    ]
+
+
+def settings_facts(origin: Origin) -> list[str]:
+    """The settings that the environment changes, where it does."""
+    settings = ", ".join(f"{name}={value}" for name, value in origin.environment.items())
+    return [f"settings: {settings}"] if settings else []
 
 
 def _rates(results: Results) -> str:
@@ -129,7 +140,7 @@ def _tables(results: Results) -> list[tuple[str, Table]]:
         rows = [
             (
                 f"{ratio.first} / {ratio.second}",
-                *map(_number, (ratio.value, ratio.least, ratio.largest)),
+                *map(number, (ratio.value, ratio.least, ratio.largest)),
             )
             for ratio in ratios
         ]
@@ -151,7 +162,7 @@ def _speed_row(outcome: Outcome, summary: Summary) -> tuple[str, ...]:
     seconds = (summary.median_seconds, summary.least_seconds, summary.largest_seconds)
     return (
         summary.name,
-        *map(_number, seconds),
+        *map(number, seconds),
         f"{summary.pairs_per_second:,.1f}",
         f"{summary.target_tokens_per_second:,.0f}",
         f"{summary.bfloat16_limit_share:.0%}",
@@ -215,7 +226,8 @@ def _notes(results: Results) -> list[str]:
     return notes
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 

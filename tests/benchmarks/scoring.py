@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks import resources
-from benchmarks.workload import Pairs, Workload
+from benchmarks.pairs import Pairs
+from benchmarks.workload import Workload
 
 Setting = Mapping[str, int]
 

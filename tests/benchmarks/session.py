@@ -19,6 +19,7 @@ from benchmarks.memory import MemoryResult, MemorySize, measure_seqloss, measure
 from benchmarks.models import MODELS, shape_of
 from benchmarks.operations import useful_operations
 from benchmarks.processes import Worker, WorkerError, in_own_process
+from benchmarks.progress import say
 from benchmarks.results import Outcome, Results, WorkloadSummary
 from benchmarks.scoring import ScoringTask, Setup, Variant, catalogue
 from benchmarks.workload import Workload
@@ -58,7 +59,7 @@ def measure(plan: Plan) -> Results:
     outcomes, gemm_rates = _measured(plan, setup, workload, variants)
     return Results(
         started_at=started_at,
-        origin=origin(),
+        origin=origin("bench"),
         machine=machine(),
         threads=plan.threads,
         rounds=plan.rounds,
@@ -84,7 +85,7 @@ def _chosen(plan: Plan) -> list[Variant]:
 
 def _prepared(plan: Plan) -> Setup:
     folder = plan.folder / f"{plan.model}-{plan.scale:.2f}"
-    _say(f"making the model and its pairs in {folder}, where they are not there yet")
+    say(f"making the model and its pairs in {folder}, where they are not there yet")
     checkpoint = prepare.checkpoint_of(MODELS[plan.model], plan.scale, folder)
     return Setup(
         checkpoint=checkpoint,
@@ -127,7 +128,7 @@ def _measured(
         for worker, outcome in zip(workers, outcomes, strict=True):
             _warm_up(worker, outcome)
         for number in range(plan.rounds):
-            _say(f"round {number + 1} of {plan.rounds}")
+            say(f"round {number + 1} of {plan.rounds}")
             gemm_rates.append(gemm.run())
             order = list(range(len(variants)))
             random.Random(number).shuffle(order)
@@ -138,7 +139,7 @@ def _measured(
 
 
 def _warm_up(worker: Worker, outcome: Outcome) -> None:
-    _say(f"warming up {outcome.name}")
+    say(f"warming up {outcome.name}")
     try:
         outcome.choice = worker.warm_up()
     except WorkerError as error:
@@ -155,16 +156,16 @@ def _run(worker: Worker, outcome: Outcome, expected_nlls: list[float]) -> None:
     except WorkerError as error:
         _fail(outcome, error)
     else:
-        _say(f"  {outcome.name}: {outcome.seconds[-1]:.3g} s")
+        say(f"  {outcome.name}: {outcome.seconds[-1]:.3g} s")
 
 
 def _fail(outcome: Outcome, error: WorkerError) -> None:
     outcome.failure = str(error).partition("\n")[0]
-    _say(f"{outcome.name} is left out: {error.__cause__ or error}")
+    say(f"{outcome.name} is left out: {error.__cause__ or error}")
 
 
 def _memory(plan: Plan, size: MemorySize) -> list[MemoryResult]:
-    _say(f"one batch of {size.target_tokens:,} tokens over {size.vocabulary:,} classes")
+    say(f"one batch of {size.target_tokens:,} tokens over {size.vocabulary:,} classes")
     folder = plan.folder / f"memory-{size.vocabulary}"
     model = size.model()
     checkpoint = prepare.checkpoint_of(model, model.default_scale(), folder)
@@ -178,7 +179,3 @@ def _memory(plan: Plan, size: MemorySize) -> list[MemoryResult]:
     if available is None or available > _LOGITS_COPIES * part.logits_bytes:
         results.append(in_own_process(measure_transformers, checkpoint, part, plan.threads))
     return [result for result in results if result is not None]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -14,36 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
-_SEED = 20260305
+from benchmarks.pairs import SEED, Pairs, sentence_lengths
+
 _DRAWN_AT_ONCE = 128
 # Of the reference; its logits are float64.
 _REFERENCE_TOKENS = 512
-_LENGTHS = Path(__file__).parents[3] / "shared" / "corpora" / "lengths.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """Sources and targets as lists of ids, as people have them."""
-
-    source_ids: list[list[int]]
-    target_ids: list[list[int]]
-
-    def __len__(self) -> int:
-        return len(self.target_ids)
-
-    @property
-    def source_lengths(self) -> list[int]:
-        """Tokens of each source, end of sentence included."""
-        return [len(row) for row in self.source_ids]
-
-    @property
-    def target_lengths(self) -> list[int]:
-        """Tokens of each target, end of sentence included."""
-        return [len(row) for row in self.target_ids]
-
-    def part(self, start: int, end: int) -> Pairs:
-        """Some of the pairs."""
-        return Pairs(self.source_ids[start:end], self.target_ids[start:end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +58,7 @@ def make_workload(checkpoint: Path, num_pairs: int) -> Workload:
     A drawn target looks to the model as its training data did: confident, small losses.
     """
     model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    lengths_from, lengths = _lengths(num_pairs)
+    lengths_from, lengths = sentence_lengths(num_pairs)
     most = getattr(model.config, "max_position_embeddings", None) or math.inf
     lengths = np.minimum(lengths, most).astype(int)
     sources = _random_sources(model.config, lengths[:, 0])
@@ -92,29 +67,13 @@ def make_workload(checkpoint: Path, num_pairs: int) -> Workload:
     return Workload(lengths_from, pairs, mean_nlls, without_pad)
 
 
-def _lengths(num_pairs: int) -> tuple[str, np.ndarray[Any, Any]]:
-    """Where lengths come from, and lengths with an end of sentence. Shape: (num_pairs, 2)."""
-    generator = np.random.default_rng(_SEED)
-    if _LENGTHS.is_file():
-        languages = orjson.loads(_LENGTHS.read_bytes())["pairs"]
-        rows = np.concatenate([languages[name] for name in ("en-de", "en-fr")])[:, 2:]
-        chosen = generator.choice(len(rows), num_pairs, replace=num_pairs > len(rows))
-        return "sentences of FLORES-200 dev, en-de and en-fr, 1.35 tokens per word", rows[
-            chosen
-        ] + 1
-    source = np.exp(generator.normal(math.log(26.8), 0.33, num_pairs))
-    target = source * np.exp(generator.normal(0.05, 0.12, num_pairs))
-    rows = np.clip(np.stack([source, target], axis=1).round(), 5, 65)
-    return "a log-normal distribution, 5 to 65 tokens, 28 on average", rows + 1
-
-
 def _special_ids(config: Any) -> list[int]:
     names = ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id")
     return sorted({value for name in names if (value := getattr(config, name, None)) is not None})
 
 
 def _random_sources(config: Any, lengths: np.ndarray[Any, Any]) -> list[list[int]]:
-    generator = np.random.default_rng(_SEED)
+    generator = np.random.default_rng(SEED)
     ids = np.setdiff1d(np.arange(config.vocab_size), _special_ids(config))
     return [[*generator.choice(ids, n - 1).tolist(), config.eos_token_id] for n in lengths]
 
@@ -123,7 +82,7 @@ def _random_sources(config: Any, lengths: np.ndarray[Any, Any]) -> list[list[int
 def _drawn_targets(
     model: Any, sources: list[list[int]], lengths: np.ndarray[Any, Any]
 ) -> list[list[int]]:
-    torch.manual_seed(_SEED)
+    torch.manual_seed(SEED)
     targets: list[list[int]] = [[] for _ in sources]
     order = np.argsort(lengths)
     for start in range(0, len(order), _DRAWN_AT_ONCE):

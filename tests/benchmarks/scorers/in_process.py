@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from prometheus_client import CollectorRegistry
 
+from benchmarks.pairs import Pairs
 from benchmarks.scoring import Scorer, Setting, Setup, own_pid
-from benchmarks.workload import Pairs
+from seqloss.batching.loop import Threads
 from seqloss.bundle.reader import open_bundle
 from seqloss.metrics import Metrics
 from seqloss.records import Ragged, RequestArrays
@@ -28,7 +29,7 @@ class _InProcess:
         self._settings = load_settings(
             device="cpu", precision=precision, torch_threads=setup.threads
         )
-        self._device_thread = ThreadPoolExecutor(1)
+        self._device_thread, self._host_thread = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._runner = asyncio.Runner()
         self._runtime = LossRuntime(
             "bench",
@@ -36,7 +37,9 @@ class _InProcess:
             self._settings,
             Metrics(CollectorRegistry()).model("bench"),
         )
-        self._runner.run(self._runtime.start(self._device_thread))
+        self._runner.run(
+            self._runtime.start(Threads(device=self._device_thread, host=self._host_thread))
+        )
         if self._runtime.state != "ready":
             raise RuntimeError(self._runtime.reason)
 
@@ -62,6 +65,7 @@ class _InProcess:
         self._runner.run(self._runtime.close())
         self._runner.close()
         self._device_thread.shutdown()
+        self._host_thread.shutdown()
 
 
 def _request(pairs: Pairs) -> RequestArrays:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import Sequence
 
-import httpx
 import orjson
 
+from benchmarks.pairs import Pairs
 from benchmarks.scoring import Scorer, Setting, Setup
-from benchmarks.workload import Pairs
+from benchmarks.served import ServedBundle, loss_body, post_loss
 from seqloss.settings import load_settings
-from server import Server
 
 _REQUEST_PAIRS = 256
 # So many requests are under way: the server never waits for the client.
@@ -27,20 +24,13 @@ def make(setup: Setup, precision: str) -> Scorer:
 
 class _OverHttp:
     def __init__(self, setup: Setup, precision: str) -> None:
-        os.environ["SEQLOSS_TORCH_THREADS"] = str(setup.threads)  # the server inherits it
-        self._server = Server(f"bench={setup.bundle}", "--device", "cpu", "--precision", precision)
-        try:
-            with self._server.client() as client:
-                address = client.base_url
-        except BaseException:
-            self._server.process.kill()
-            raise
+        self._served = ServedBundle(setup.bundle, precision, setup.threads)
         self._runner = asyncio.Runner()
-        self._client = httpx.AsyncClient(base_url=address, timeout=None)  # noqa: S113 - as long as it takes
+        self._client = self._served.client()
 
     @property
     def pid(self) -> int:
-        return self._server.process.pid
+        return self._served.pid
 
     @property
     def candidates(self) -> Sequence[Setting]:
@@ -69,23 +59,11 @@ class _OverHttp:
 
     async def _posted(self, pairs: Pairs, free: asyncio.Semaphore) -> list[float]:
         async with free:
-            reply = await self._client.post(
-                "/loss",
-                headers={"Content-Type": "application/json"},
-                content=orjson.dumps(
-                    {
-                        "source_ids": pairs.source_ids,
-                        "target_ids": pairs.target_ids,
-                        "priority": "bulk",
-                    }
-                ),
-            )
-        reply.raise_for_status()
-        body = orjson.loads(reply.content)
+            reply = await post_loss(self._client, loss_body(pairs, "bulk"))
+        body = orjson.loads(reply)
         return [nll / n for nll, n in zip(body["nlls"], body["num_tokens"], strict=True)]
 
     def close(self) -> None:
         self._runner.run(self._client.aclose())
         self._runner.close()
-        self._server.process.send_signal(signal.SIGTERM)
-        self._server.exit_status()
+        self._served.close()

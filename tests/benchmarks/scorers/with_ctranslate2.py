@@ -11,9 +11,9 @@ import ctranslate2  # type: ignore[import-untyped]
 from ctranslate2.converters import TransformersConverter  # type: ignore[import-untyped]
 from transformers import AutoConfig
 
+from benchmarks.pairs import Pairs
 from benchmarks.processes import in_own_process
 from benchmarks.scoring import Scorer, Setting, Setup, own_pid
-from benchmarks.workload import Pairs
 
 _BATCH_TOKENS = (512, 1024, 2048, 4096, 8192)
 

@@ -8,8 +8,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSeq2SeqLM
 
+from benchmarks.pairs import Pairs
 from benchmarks.scoring import Scorer, Setting, Setup, own_pid
-from benchmarks.workload import Pairs, batches_by_length, teacher_forced
+from benchmarks.workload import batches_by_length, teacher_forced
 
 _IGNORE_INDEX = -100
 _BATCH_PAIRS = 32
