@@ -2,6 +2,7 @@
 
     SeqlossError
     ├── RequestError              the caller's request cannot be answered as it is
+    │   ├── BodyTimeoutError          the body did not arrive in time
     │   ├── MalformedBodyError
     │   ├── UnsupportedMediaTypeError
     │   ├── UnknownModelError
@@ -78,6 +79,12 @@ class RequestError(_ListsFaultsError):
     """The caller's request cannot be answered as it is."""
 
     code = "bad_request"
+
+
+class BodyTimeoutError(RequestError):
+    """The body did not arrive in time."""
+
+    code = "body_timeout"
 
 
 class MalformedBodyError(RequestError):

@@ -103,6 +103,11 @@ class Settings(BaseSettings):
     drain_timeout_seconds: int = Field(30, ge=0)
     """After SIGTERM, how long admitted requests may take to finish."""
 
+    receive_timeout_seconds: float = Field(60, gt=0)
+    """How long a client may take to send a request's headers, then to send its body (beyond it
+    408), and to take in its reply. Whoever is slower loses the connection. Shorter frees what
+    hostile clients hold sooner; the default lets the largest body come at 5 Mbit/s."""
+
 
 def load_settings(**given: Any) -> Settings:
     """Settings as given, else from the environment, else the defaults.

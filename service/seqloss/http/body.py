@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from collections.abc import Callable
 from typing import Protocol
@@ -10,18 +11,25 @@ import zstandard
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from seqloss.errors import MalformedBodyError, RequestTooLargeError, UnsupportedMediaTypeError
+from seqloss.errors import (
+    BodyTimeoutError,
+    MalformedBodyError,
+    RequestTooLargeError,
+    UnsupportedMediaTypeError,
+)
+from seqloss.settings import Settings
 
 # Each member costs a copy of what follows it: a million empty ones would take hours.
 _MOST_MEMBERS = 100
 
 
-async def read_json_body(request: Request, max_bytes: int) -> bytes:
+async def read_json_body(request: Request, settings: Settings) -> bytes:
     """The decompressed body.
 
     Raises:
         UnsupportedMediaTypeError: it is not JSON, or compressed in a way not known here.
-        RequestTooLargeError: it is larger than `max_bytes`, as sent or decompressed.
+        RequestTooLargeError: it is larger than `max_body_bytes`, as sent or decompressed.
+        BodyTimeoutError: it takes longer than `receive_timeout_seconds` to arrive.
         MalformedBodyError: it does not decompress.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -34,6 +42,24 @@ async def read_json_body(request: Request, max_bytes: int) -> bytes:
         raise UnsupportedMediaTypeError(
             f"the content encoding {encoding!r} is not read here; these are: {', '.join(_DECODERS)}"
         )
+    try:
+        async with asyncio.timeout(settings.receive_timeout_seconds):
+            body = await _received(request, settings.max_body_bytes)
+    except TimeoutError as error:
+        raise BodyTimeoutError(
+            f"the body took longer than {settings.receive_timeout_seconds:g} seconds to arrive; "
+            "send less at a time"
+        ) from error
+    if encoding == "identity":
+        return body
+    try:
+        return await run_in_threadpool(_decoded, body, encoding, settings.max_body_bytes)
+    except (zlib.error, zstandard.ZstdError, EOFError) as error:
+        raise MalformedBodyError(f"the body is not {encoding}: {error}") from error
+
+
+async def _received(request: Request, max_bytes: int) -> bytes:
+    """The body as sent."""
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise _too_large(max_bytes)
@@ -42,12 +68,7 @@ async def read_json_body(request: Request, max_bytes: int) -> bytes:
         body += chunk
         if len(body) > max_bytes:
             raise _too_large(max_bytes)
-    if encoding == "identity":
-        return bytes(body)
-    try:
-        return await run_in_threadpool(_decoded, bytes(body), encoding, max_bytes)
-    except (zlib.error, zstandard.ZstdError, EOFError) as error:
-        raise MalformedBodyError(f"the body is not {encoding}: {error}") from error
+    return bytes(body)
 
 
 def _too_large(max_bytes: int) -> RequestTooLargeError:

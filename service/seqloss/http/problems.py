@@ -27,6 +27,7 @@ CLIENT_CLOSED_REQUEST = 499
 STATUS_OF: dict[type[SeqlossError], int] = {
     errors.MalformedBodyError: 400,
     errors.UnknownModelError: 404,
+    errors.BodyTimeoutError: 408,
     errors.RequestTooLargeError: 413,
     errors.PairTooLargeError: 413,
     errors.UnsupportedMediaTypeError: 415,
@@ -165,6 +166,8 @@ def _problem(
         "error": detail,
     }
     headers = {}
+    if status == HTTPStatus.REQUEST_TIMEOUT:
+        headers["Connection"] = "close"  # what comes of the body now is nobody's request
     if retry_after_seconds is not None:
         body["retry_after_ms"] = round(retry_after_seconds * 1000)
         headers["Retry-After"] = str(math.ceil(retry_after_seconds))

@@ -34,17 +34,17 @@ _T = TypeVar("_T")
 router = APIRouter()
 
 
-def _models(request: Request) -> Models:
+async def _models(request: Request) -> Models:
     models: Models = request.app.state.models
     return models
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
 
 
-def _metrics(request: Request) -> Metrics:
+async def _metrics(request: Request) -> Metrics:
     metrics: Metrics = request.app.state.metrics
     return metrics
 
@@ -55,7 +55,7 @@ def _metrics(request: Request) -> Metrics:
     response_class=Response,
     responses={
         200: {"model": LossReply, "description": "One array per quantity, entry i for target i"},
-        **responses(400, 404, 413, 415, 422, 429, 500, 503, 504),
+        **responses(400, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     },
     openapi_extra={
         "requestBody": {
@@ -72,7 +72,7 @@ async def post_loss(
 ) -> Response:
     """Masked per-token and aggregate losses of token ids, in nats."""
     with metrics.inflight_requests.track_inprogress():
-        body = await read_json_body(request, settings.max_body_bytes)
+        body = await read_json_body(request, settings)
         started = time.perf_counter()
         if len(body) > _PARSE_ON_LOOP_BYTES:
             loss_request, arrays = await run_in_threadpool(_parse, body, settings)
@@ -205,14 +205,23 @@ async def get_models(
     return ModelsBody(models=[_model_body(runtime, settings) for runtime in models.values()])
 
 
-@router.get("/models/{name}", summary="One served model", responses=responses(404))
+# Declared by hand: for a parameter of the function FastAPI promises a 422 that never comes.
+_NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+@router.get(
+    "/models/{name}",
+    summary="One served model",
+    responses=responses(404),
+    openapi_extra={"parameters": [_NAME]},
+)
 async def get_model(
-    name: str,
+    request: Request,
     models: Annotated[Models, Depends(_models)],
     settings: Annotated[Settings, Depends(_settings)],
 ) -> ModelBody:
     """A model with its limits, special ids and measured error."""
-    return _model_body(_model_named(models, name), settings)
+    return _model_body(_model_named(models, request.path_params["name"]), settings)
 
 
 def _model_body(runtime: LossRuntime, settings: Settings) -> ModelBody:
@@ -283,7 +292,20 @@ async def get_ready(models: Annotated[Models, Depends(_models)]) -> HealthBody:
     return HealthBody(status="ready")
 
 
-@router.get("/metrics", summary="Prometheus or OpenMetrics", response_class=Response)
+@router.get(
+    "/metrics",
+    summary="Prometheus or OpenMetrics",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "Every metric with its meaning",
+            "content": {
+                media_type: {"schema": {"type": "string"}}
+                for media_type in ("text/plain", "application/openmetrics-text")
+            },
+        }
+    },
+)
 async def get_metrics(request: Request, metrics: Annotated[Metrics, Depends(_metrics)]) -> Response:
     """All metrics of the process."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

@@ -15,6 +15,7 @@ import uvicorn
 from seqloss.bundle.reader import Bundle
 from seqloss.errors import ConfigurationError
 from seqloss.http.app import create_app
+from seqloss.http.connections import ConnectionConfig
 from seqloss.runtime import LossRuntime
 from seqloss.settings import Settings
 
@@ -22,6 +23,8 @@ _LOG = logging.getLogger(__name__)
 
 # After the drain only requests that never arrived whole are left.
 _STRAGGLERS_SECONDS = 2
+# Which wait in the kernel to be accepted; it may hold fewer.
+_WAITING_CONNECTIONS = 2048
 
 
 def serve(bundles: Mapping[str, Bundle], settings: Settings) -> bool:
@@ -44,8 +47,9 @@ def serve(bundles: Mapping[str, Bundle], settings: Settings) -> bool:
 
     listener = _listen(settings.host, settings.port)
     app = create_app(bundles, settings, on_loaded=_settle, on_fatal=stop)
-    config = uvicorn.Config(
+    config = ConnectionConfig(
         app,
+        receive_timeout_seconds=settings.receive_timeout_seconds,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=_STRAGGLERS_SECONDS,
@@ -76,6 +80,12 @@ class _DrainingServer(uvicorn.Server):
             if self._draining is not None:
                 self._draining.get_loop().call_soon_threadsafe(self._draining.cancel)
         super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to accept, a few at a time, while many may wait for that."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_WAITING_CONNECTIONS)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drains, then closes what is left."""
