@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, settings
 from prometheus_client import CollectorRegistry
 
 from fakes import FakeEngine, fake_bundle
@@ -24,6 +25,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["KERAS_BACKEND"] = "torch"
 # pytest's log capture would have torch.export write megabytes of its trace.
 logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)
+
+# The same examples in every run, so that a change is to blame for what fails; a slow machine never
+# is.  `make test-long` looks for more.
+_ALWAYS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", derandomize=True, **_ALWAYS)
+settings.register_profile("long", max_examples=3000, stateful_step_count=100, **_ALWAYS)
+settings.load_profile("ci")
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 ORACLE = SHARED / "oracle" / "aren-transliteration"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,21 @@ from test_collate import Request, any_request, request_of
 
 from fakes import FakeEngine, fake_nll
 from seqloss.batching import queues
+from seqloss.batching.collate import Collated, collate
 from seqloss.batching.jobs import Outcome
 from seqloss.batching.loop import Batcher, Threads
 from seqloss.batching.queues import BatchingLimits
-from seqloss.errors import NotReadyError, OutOfMemoryError, OverloadedError, RequestTooLargeError
+from seqloss.errors import (
+    DeadlineExceededError,
+    EngineDeadError,
+    NotReadyError,
+    OutOfMemoryError,
+    OverloadedError,
+    RequestTooLargeError,
+)
 from seqloss.metrics import Metrics
-from seqloss.records import Batch, Priority
+from seqloss.records import Batch, Priority, TokenTerms
+from virtual_time import VirtualThread, VirtualTimeLoop
 
 ROOMY = BatchingLimits(max_batch_tokens=1000, max_batch_pairs=100, max_queue_tokens=10**6)
 
@@ -36,6 +46,7 @@ class Service:
     batcher: Batcher
     engine: FakeEngine
     registry: CollectorRegistry
+    deaths: list[EngineDeadError] = field(default_factory=list)
 
     def metric(self, name: str) -> float:
         """A sample's value, 0 where it is not there yet."""
@@ -64,8 +75,10 @@ async def service_of(engine: FakeEngine, limits: BatchingLimits = ROOMY) -> Asyn
     metrics = Metrics(registry).model("fake")
     with ThreadPoolExecutor(1) as device, ThreadPoolExecutor(1) as host:
         async with asyncio.timeout(60):
-            batcher = Batcher(engine, limits, metrics, Threads(device, host))
-            yield Service(batcher, engine, registry)
+            deaths: list[EngineDeadError] = []
+            threads = Threads(device, host)
+            batcher = Batcher(engine, limits, metrics, threads, on_death=deaths.append)
+            yield Service(batcher, engine, registry, deaths)
             await batcher.drain(60)
 
 
@@ -505,3 +518,300 @@ def test_a_drain_with_time_finishes_what_was_admitted_and_takes_no_more() -> Non
         assert service.metric("queue_tokens") == 0
 
     asyncio.run(run())
+
+
+# ---------------------------------------------------------------- what else goes wrong inside
+
+
+def test_a_forward_that_never_returns_is_given_up_and_everybody_hears_of_it() -> None:
+    async def run() -> None:
+        limits = BatchingLimits(1000, 100, 10**6, max_forward_seconds=0.05)
+        async with busy_service(simple(5), limits) as (service, gate, first):
+            tasks = await service.submit(simple(6), simple(7, num_pairs=3))
+            results = await asyncio.gather(first, *tasks, return_exceptions=True)
+            assert [type(result) for result in results] == [EngineDeadError] * 3
+            assert service.batcher.is_stuck
+            assert [str(error) for error in service.deaths] == [
+                "a batch was not computed within 0.05 s"
+            ]
+            with pytest.raises(EngineDeadError):
+                await service.score(simple(8))
+            assert service.metric("queue_tokens") == 0
+            gate.open()
+        assert labels_seen(service.engine) == {2, 5}
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_dies_takes_all_who_wait_along_and_is_not_asked_again() -> None:
+    async def run() -> None:
+        def die(_: Batch) -> None:
+            raise EngineDeadError("a sticky error")
+
+        async with service_of(FakeEngine(die), BatchingLimits(1000, 1, 10**6)) as service:
+            tasks = await service.submit(simple(5), simple(6))
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [type(result) for result in results] == [EngineDeadError] * 2
+            assert [str(error) for error in service.deaths] == ["a sticky error"]
+            assert not service.batcher.is_stuck, "the thread is free"
+        assert len(service.engine.batches) == 1
+
+    asyncio.run(run())
+
+
+def test_interactive_pairs_overtake_a_bulk_batch_that_was_formed_ahead() -> None:
+    async def run() -> None:
+        limits = BatchingLimits(1000, max_batch_pairs=2, max_queue_tokens=10**6)
+        engine = FakeEngine()
+        async with service_of(engine, limits) as service:
+            # Scattering the first batch happens while the second one is held.
+            with Gate() as gate:
+                engine._before = gate
+                bulk = asyncio.create_task(service.score(simple(6, num_pairs=8), "bulk"))
+                await gate.entered.wait()
+                assert service.metric("queue_pairs") == 4, "two go, and two are formed ahead"
+                (urgent,) = await service.submit(simple(7))
+                gate.open()
+            assert_scored(await urgent, simple(7))
+            assert_scored(await bulk, simple(6, num_pairs=8))
+        assert [7 in batch.labels for batch in engine.batches] == [False, True, False, False, False]
+
+    asyncio.run(run())
+
+
+def test_a_bug_while_results_are_given_back_reaches_those_in_the_batch_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scatter = Collated.scatter
+
+    def fail_on_six(collated: Collated, terms: TokenTerms) -> None:
+        if 6 in collated.batch.labels:
+            raise ZeroDivisionError("a bug")
+        scatter(collated, terms)
+
+    async def run() -> None:
+        monkeypatch.setattr(Collated, "scatter", fail_on_six)
+        limits = BatchingLimits(1000, max_batch_pairs=1, max_queue_tokens=10**6)
+        async with service_of(FakeEngine(), limits) as service:
+            tasks = await service.submit(simple(5), simple(6, num_pairs=3), simple(7))
+            before, bad, after = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(bad, ZeroDivisionError)
+            for outcome, label in ((before, 5), (after, 7)):
+                assert isinstance(outcome, Outcome)
+                assert_scored(outcome, simple(label))
+            assert service.metric("queue_tokens") == 0
+
+    asyncio.run(run())
+
+
+def test_a_device_that_cannot_tell_its_memory_costs_nobody_an_answer() -> None:
+    class Mute(FakeEngine):
+        def memory_bytes(self) -> dict[str, int]:
+            raise RuntimeError("no figures")
+
+    async def run() -> None:
+        async with service_of(Mute(), BatchingLimits(1000, 2, 10**6)) as service:
+            for label in (5, 6):
+                request = simple(label, num_pairs=7)
+                assert_scored(await service.score(request), request)
+
+    asyncio.run(run())
+
+
+def test_a_batch_that_did_not_fit_has_its_memory_given_back_before_its_halves() -> None:
+    events: list[str] = []
+
+    class Small(FakeEngine):
+        def score(self, batch: Batch) -> TokenTerms:
+            events.append(f"{len(batch.decoder_input_ids)} pairs")
+            if len(batch.decoder_input_ids) > 2:
+                raise OutOfMemoryError("too many pairs")
+            return super().score(batch)
+
+        def release_memory(self) -> None:
+            assert sys.exc_info() == (None, None, None), "the error's traceback holds tensors"
+            events.append("release")
+
+    async def run() -> None:
+        async with service_of(Small()) as service:
+            request = simple(5, num_pairs=4)
+            assert_scored(await service.score(request), request)
+            assert service.metric("token_budget") == 700
+
+    asyncio.run(run())
+    assert events == ["4 pairs", "release", "2 pairs", "2 pairs"]
+
+
+# ---------------------------------------------------------------- on a virtual clock
+
+
+@dataclass
+class VirtualService:
+    """A batcher whose batches take a second."""
+
+    loop: VirtualTimeLoop
+    batcher: Batcher
+    engine: FakeEngine
+
+    def start(
+        self, request: Request, priority: Priority = "interactive", **options: Any
+    ) -> asyncio.Task[Outcome]:
+        score = self.batcher.score(
+            request.pairs, priority=priority, with_ranks_and_entropies=False, **options
+        )
+        return self.loop.create_task(score)
+
+    def drain(self, seconds: float) -> None:
+        self.loop.run_until_complete(self.batcher.drain(seconds))
+
+
+@contextmanager
+def virtual_service(
+    before: Callable[[Batch], Any] = lambda _: None,
+    limits: BatchingLimits = ROOMY,
+    host_seconds: float = 0.0,
+    device: VirtualThread | None = None,
+    loop: VirtualTimeLoop | None = None,
+) -> Iterator[VirtualService]:
+    """Fails where an error is left that nobody read; closes the loop if it is its own."""
+    if loop is None:
+        with closing(VirtualTimeLoop()) as own:
+            with virtual_service(before, limits, host_seconds, device, own) as service:
+                yield service
+            assert not asyncio.all_tasks(own)
+        return
+    unread: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: unread.append(context))
+    threads = Threads(device or VirtualThread(loop, seconds=1.0), VirtualThread(loop, host_seconds))
+    engine = FakeEngine(before)
+    batcher = loop.run_until_complete(_batcher_of(engine, limits, threads))
+    service = VirtualService(loop, batcher, engine)
+    yield service
+    service.drain(1000)
+    loop.advance(1000)
+    assert unread == loop.unread_errors() == []
+
+
+async def _batcher_of(engine: FakeEngine, limits: BatchingLimits, threads: Threads) -> Batcher:
+    return Batcher(engine, limits, Metrics(CollectorRegistry()).model("fake"), threads)
+
+
+def outcomes(service: VirtualService, *tasks: asyncio.Task[Outcome]) -> list[type]:
+    gathered = asyncio.gather(*tasks, return_exceptions=True)
+    return [type(each) for each in service.loop.run_until_complete(_awaited(gathered))]
+
+
+async def _awaited(future: Any) -> Any:
+    return await future
+
+
+def test_a_forward_that_fails_after_the_drain_has_ended_is_not_an_error_that_nobody_reads() -> None:
+    def die(_: Batch) -> None:
+        raise EngineDeadError("a sticky error")
+
+    for limits in (ROOMY, BatchingLimits(1000, 100, 10**6, max_forward_seconds=50.0)):
+        with virtual_service(die, limits) as service:
+            task = service.start(simple(5))
+            service.loop.advance(0.5)
+            service.drain(0)
+            assert outcomes(service, task) == [NotReadyError]
+
+
+def test_a_batch_formed_ahead_that_nobody_waits_for_any_more_may_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = 0
+
+    def fail_from_the_second_on(selection: Any) -> Collated:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise ZeroDivisionError("a bug")
+        return collate(selection)
+
+    monkeypatch.setattr("seqloss.batching.loop.collate", fail_from_the_second_on)
+    with virtual_service(limits=BatchingLimits(1000, 2, 10**6)) as service:
+        task = service.start(simple(5, num_pairs=20), "bulk")
+        service.loop.advance(0.5)
+        assert calls == 2
+        service.drain(0)
+        assert outcomes(service, task) == [NotReadyError]
+
+
+def test_a_drain_ends_when_the_last_results_are_given_back() -> None:
+    with virtual_service(host_seconds=1.0) as service:
+        task = service.start(simple(5))
+        service.loop.advance(2.5)  # a second each for collating and computing, then scattering
+        service.drain(0)
+        assert asyncio.all_tasks(service.loop) <= {task}
+        assert service.loop.time() == 3.0
+        assert outcomes(service, task) == [NotReadyError]
+
+
+def test_who_leaves_while_a_batch_is_made_anew_for_another_one_that_left_is_not_computed() -> None:
+    with virtual_service(host_seconds=1.0) as service:
+        stays, first, second = map(service.start, map(simple, (5, 6, 7)))
+        service.loop.advance(0.5)
+        first.cancel()
+        service.loop.advance(1.0)  # the batch is collated without the first one now
+        second.cancel()
+        assert outcomes(service, stays, first, second) == [
+            *(Outcome, asyncio.CancelledError, asyncio.CancelledError)
+        ]
+        assert labels_seen(service.engine) == {2, 5}
+
+
+def test_whose_time_is_over_while_its_batch_is_made_is_answered_at_once_and_not_computed() -> None:
+    with virtual_service(host_seconds=1.0) as service:
+        stays, hasty = service.start(simple(5)), service.start(simple(6), seconds_left=0.25)
+        service.loop.advance(0.25)
+        assert isinstance(hasty.exception(), DeadlineExceededError)
+        assert outcomes(service, stays) == [Outcome]
+        assert labels_seen(service.engine) == {2, 5}
+
+
+def test_a_timer_that_comes_early_by_the_clock_s_resolution_is_not_in_vain() -> None:
+    with virtual_service() as service:
+        service.loop._clock_resolution = 0.125
+        service.loop.call_at(0.75, lambda: None)
+        task = service.start(simple(5), seconds_left=0.8125)
+        service.loop.advance(0.8)
+        assert isinstance(task.exception(), DeadlineExceededError)
+
+
+def test_waiting_for_a_device_that_another_model_has_is_not_taken_for_a_hang() -> None:
+    limits = BatchingLimits(1000, 1, 10**6, max_forward_seconds=5.0)
+    with closing(VirtualTimeLoop()) as loop:
+        device = VirtualThread(loop, seconds=4.0)
+        with (
+            virtual_service(limits=limits, device=device, loop=loop) as one,
+            virtual_service(limits=limits, device=device, loop=loop) as other,
+        ):
+            tasks = [service.start(simple(5)) for service in (one, other)]
+            assert outcomes(one, *tasks) == [Outcome, Outcome]
+            assert loop.time() == 8.0
+
+
+def test_halves_of_interactive_batches_pass_bulk_over_four_times_at_most() -> None:
+    def refuse_more_than_one(batch: Batch) -> None:
+        if len(batch.decoder_input_ids) > 1:
+            raise OutOfMemoryError("too many pairs")
+
+    with virtual_service(refuse_more_than_one) as service:
+        tasks = [service.start(simple(5, num_pairs=16)), service.start(simple(6), "bulk")]
+        assert outcomes(service, *tasks) == [Outcome, Outcome]
+        first_of_bulk = [6 in batch.labels for batch in service.engine.batches].index(True)
+        assert first_of_bulk <= queues.MAX_BYPASS
+
+
+def test_batches_are_smaller_after_one_that_did_not_fit() -> None:
+    def refuse_above_twenty_tokens(batch: Batch) -> None:
+        if len(batch.labels) > 20:
+            raise OutOfMemoryError("too many tokens")
+
+    with virtual_service(refuse_above_twenty_tokens, BatchingLimits(40, 100, 10**6)) as service:
+        task = service.start(simple(5, num_pairs=60))
+        assert outcomes(service, task) == [Outcome]
+        sizes = [len(batch.labels) for batch in service.engine.batches]
+        assert sizes[0] > 20
+        assert all(size <= 40 * 0.7 for size in sizes[1:])

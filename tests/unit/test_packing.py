@@ -1,168 +1,404 @@
-"""What a batch may cost, whom it must hold, and what it leaves for the next one."""
+"""What a batch may cost, whom it must hold, and where it stops growing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
-from hypothesis import given, settings
+import orjson
+import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 
-from seqloss.batching.packing import Candidates, form_batch
+from seqloss.batching.cost import BatchShape, CostModel
+from seqloss.batching.jobs import Job
+from seqloss.batching.packing import (
+    Candidates,
+    Caps,
+    form_batch,
+    packing_order,
+    riders,
+    shape_of,
+)
+from seqloss.batching.queues import BatchingLimits, Queue
+from seqloss.records import Pairs, Ragged, offsets_of
+
+LENGTHS = Path(__file__).parents[3] / "shared" / "corpora" / "lengths.json"
+FREE = Caps(10**9, 10**9)
+
+Pair = tuple[int, int, int]
+"""Source length, target length, source key."""
+
+
+class KnownCost(CostModel):
+    """A model with given coefficients: of a batch, of a source's and a target's token, attention's.
+
+    With a batch that costs much growing always pays; with one that costs nothing padding never
+    does.
+    """
+
+    def __init__(self, *numbers: float) -> None:
+        super().__init__()
+        self._numbers = numbers
+
+
+PRIOR = CostModel()
+costs = st.sampled_from(
+    [
+        PRIOR,
+        KnownCost(0.0, 1e-5, 2e-5, 0.0),
+        KnownCost(1.0, 1e-5, 2e-5, 0.0),
+        KnownCost(1e-4, 1e-5, 9e-5, 1e-6),
+        KnownCost(1e-4, 9e-5, 0.0, 0.0),
+    ]
+)
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """Pairs as plain tuples of source length, target length and source key."""
+    """Pairs as plain tuples, which are put in packing order first."""
 
-    pairs: list[tuple[int, int, int]]
-    max_tokens: int
-    max_pairs: int
-    request_of: tuple[int, ...] = ()
+    pairs: list[Pair]
+    caps: Caps = FREE
+    cost: CostModel = PRIOR
 
     @property
-    def requests(self) -> np.ndarray:
-        """All of one request, unless something else is said."""
-        return np.array(self.request_of or [0] * len(self.pairs), np.int64)
+    def candidates(self) -> Candidates:
+        return candidates_of(self.pairs)
 
-    def batch(self, anchor: int) -> list[int]:
-        source_lengths, target_lengths, keys = np.array(self.pairs, np.int64).T
-        candidates = Candidates(source_lengths, target_lengths, keys, self.requests)
-        chosen = form_batch(candidates, anchor, self.max_tokens, self.max_pairs)
-        return [int(index) for index in chosen]
+    @property
+    def in_order(self) -> list[Pair]:
+        order = packing_order(self.candidates, self.cost.target_weight)
+        return [self.pairs[index] for index in order]
 
-    def cost(self, chosen: list[int]) -> int:
-        pairs = [self.pairs[index] for index in chosen]
-        unique_sources = {key for _, _, key in pairs}
-        longest_source = max(source for source, _, _ in pairs)
-        longest_target = max(target for _, target, _ in pairs)
-        return len(unique_sources) * longest_source + len(pairs) * longest_target
+    def chosen(self, place: int) -> slice:
+        """The batch around the pair that stands there in packing order."""
+        return form_batch(candidates_of(self.in_order), place, self.caps, self.cost)
 
-    def target_lengths(self, indices: list[int]) -> list[int]:
-        return [self.pairs[index][1] for index in indices]
+    def batch(self, place: int) -> list[Pair]:
+        return self.in_order[self.chosen(place)]
+
+    def batch_with(self, pair: Pair) -> list[Pair]:
+        return self.batch(self.in_order.index(pair))
+
+
+def candidates_of(pairs: list[Pair]) -> Candidates:
+    columns = np.array(pairs, np.int64).reshape(-1, 3).T
+    return Candidates(*(np.ascontiguousarray(column) for column in columns))
+
+
+def num_runs(pairs: list[Pair]) -> int:
+    """Sources that are encoded for pairs in this order: neighbours share, others may not."""
+    keys = [key for _, _, key in pairs]
+    return sum(key != before for key, before in zip(keys, [None, *keys], strict=False))
+
+
+def padded_tokens(pairs: list[Pair]) -> int:
+    longest_source = max(source for source, _, _ in pairs)
+    longest_target = max(target for _, target, _ in pairs)
+    return num_runs(pairs) * longest_source + len(pairs) * longest_target
+
+
+def seconds_of(cost: CostModel, pairs: list[Pair]) -> float:
+    """The formula of the cost model, written out."""
+    fixed, encoder, decoder, attention = cost.numbers
+    source = max(source for source, _, _ in pairs)
+    target = max(target for _, target, _ in pairs)
+    encoded, decoded = num_runs(pairs) * source, len(pairs) * target
+    attended = encoded * source + decoded * (source + target)
+    return fixed + encoder * encoded + decoder * decoded + attention * attended
 
 
 @st.composite
-def any_waiting(draw: st.DrawFn) -> Waiting:
-    sources = draw(st.lists(st.integers(1, 20), min_size=1, max_size=8))
-    keys = st.integers(0, len(sources) - 1)
-    pairs = draw(st.lists(st.tuples(keys, st.integers(1, 20)), min_size=1, max_size=25))
-    return Waiting(
-        # Keys are far apart, as those of several requests are.
-        pairs=[(sources[key], target, key << 32) for key, target in pairs],
-        max_tokens=draw(st.integers(1, 300)),
-        max_pairs=draw(st.integers(1, 30)),
+def any_waiting(draw: st.DrawFn, shared: bool = True) -> Waiting:
+    sources = draw(st.lists(st.integers(1, 20), min_size=1, max_size=8 if shared else 25))
+    count = len(sources)
+    keys = draw(
+        st.lists(st.integers(0, count - 1), min_size=1, max_size=25)
+        if shared
+        else st.just(list(range(count)))
     )
+    caps = Caps(
+        tokens=draw(st.integers(1, 300)),
+        pairs=draw(st.integers(1, 30)),
+        seconds=draw(st.sampled_from([np.inf, 6e-3, 1e-3])),
+    )
+    # Keys are digests: far apart, and of either sign.
+    pairs = [(sources[key], draw(st.integers(1, 20)), (key - 2) * 2**40 + key) for key in keys]
+    return Waiting(pairs, caps, draw(costs))
 
 
 @st.composite
-def waiting_and_anchor(draw: st.DrawFn) -> tuple[Waiting, int]:
-    waiting = draw(any_waiting())
+def waiting_and_anchor(draw: st.DrawFn, shared: bool = True) -> tuple[Waiting, int]:
+    waiting = draw(any_waiting(shared))
     return waiting, draw(st.integers(0, len(waiting.pairs) - 1))
 
 
-@given(waiting_and_anchor())
-def test_the_anchor_is_always_in_and_nobody_is_in_twice(case: tuple[Waiting, int]) -> None:
-    waiting, anchor = case
-    chosen = waiting.batch(anchor)
-    assert anchor in chosen
-    assert len(set(chosen)) == len(chosen)
-    assert set(chosen) <= set(range(len(waiting.pairs)))
-    assert waiting.target_lengths(chosen) == sorted(waiting.target_lengths(chosen))
+# ---------------------------------------------------------------- the order
+
+
+@given(any_waiting())
+def test_the_order_leaves_nobody_out(waiting: Waiting) -> None:
+    order = packing_order(waiting.candidates, waiting.cost.target_weight)
+    assert sorted(order.tolist()) == list(range(len(waiting.pairs)))
+
+
+@given(any_waiting(), st.sampled_from([0.1, 0.5, 2.0, 100.0]))
+def test_equal_sources_stand_together_unless_padding_costs_more_than_encoding_again(
+    waiting: Waiting, target_weight: float
+) -> None:
+    order = packing_order(waiting.candidates, target_weight).tolist()
+    for key in {key for _, _, key in waiting.pairs}:
+        mine = [place for place, index in enumerate(order) if waiting.pairs[index][2] == key]
+        source = next(source for source, _, other in waiting.pairs if other == key)
+        longest = max(target for _, target, other in waiting.pairs if other == key)
+        together = [
+            place
+            for place in mine
+            if target_weight * (longest - waiting.pairs[order[place]][1]) <= source
+        ]
+        assert together == list(range(together[0], together[0] + len(together)))
+        assert len(together) >= 1, "the one with the longest target is always among them"
+
+
+@given(any_waiting(shared=False))
+def test_sources_of_one_pair_each_stand_by_target_length_and_then_by_source_length(
+    waiting: Waiting,
+) -> None:
+    pairs = waiting.in_order
+    targets = [target for _, target, _ in pairs]
+    assert targets == sorted(targets)
+    for length in set(targets):
+        sources = [source for source, target, _ in pairs if target == length]
+        assert sources == sorted(sources, reverse=length % 2 == 1), "rising and falling in turn"
+
+
+def test_a_target_that_is_too_short_to_be_padded_has_its_source_encoded_again() -> None:
+    pairs = [(10, 5, 1), (10, 20, 1), (10, 12, 2)]
+    assert Waiting(pairs, cost=KnownCost(0, 1, 0.6, 0)).in_order == [
+        *((10, 12, 2), (10, 5, 1), (10, 20, 1))
+    ]
+    assert Waiting(pairs, cost=KnownCost(0, 1, 0.7, 0)).in_order == [
+        *((10, 5, 1), (10, 12, 2), (10, 20, 1))
+    ]
+
+
+def test_no_candidates_have_an_order_too() -> None:
+    assert len(packing_order(candidates_of([]), 2.0)) == 0
+
+
+# ---------------------------------------------------------------- batches
 
 
 @given(waiting_and_anchor())
-def test_only_a_pair_alone_may_be_above_the_limits(case: tuple[Waiting, int]) -> None:
+def test_the_anchor_is_always_in_a_range_within_bounds(case: tuple[Waiting, int]) -> None:
     waiting, anchor = case
-    chosen = waiting.batch(anchor)
-    assert len(chosen) <= waiting.max_pairs
-    assert len(chosen) == 1 or waiting.cost(chosen) <= waiting.max_tokens
+    chosen = waiting.chosen(anchor)
+    assert 0 <= chosen.start <= anchor < chosen.stop <= len(waiting.pairs)
+    assert chosen.step is None
 
 
 @given(waiting_and_anchor())
-def test_a_batch_has_no_gap_among_target_lengths(case: tuple[Waiting, int]) -> None:
+def test_only_a_pair_alone_may_be_above_the_caps(case: tuple[Waiting, int]) -> None:
     waiting, anchor = case
-    chosen = waiting.batch(anchor)
-    left = waiting.target_lengths(sorted(set(range(len(waiting.pairs))) - set(chosen)))
-    lengths = waiting.target_lengths(chosen)
-    assert not [length for length in left if min(lengths) < length < max(lengths)]
-    if max(lengths) > waiting.pairs[anchor][1]:
-        assert min(left, default=max(lengths)) >= waiting.pairs[anchor][1]
+    batch, caps = waiting.batch(anchor), waiting.caps
+    assert len(batch) <= caps.pairs
+    if len(batch) > 1:
+        assert padded_tokens(batch) <= caps.tokens
+        assert seconds_of(waiting.cost, batch) <= caps.seconds * (1 + 1e-9)
+
+
+@given(waiting_and_anchor(shared=False))
+def test_a_batch_is_never_less_efficient_than_its_anchor_alone(case: tuple[Waiting, int]) -> None:
+    waiting, anchor = case
+    cost = waiting.cost
+    # What a batch of a pair alone takes beside what every batch takes.
+    least = {pair: seconds_of(cost, [pair]) - cost.numbers[0] for pair in waiting.pairs}
+    batch, alone = waiting.batch(anchor), waiting.in_order[anchor]
+    efficiency = sum(least[pair] for pair in batch) / seconds_of(cost, batch)
+    assert efficiency >= least[alone] / seconds_of(cost, [alone]) - 1e-9
 
 
 @given(waiting_and_anchor())
-def test_room_is_left_only_where_somebody_does_not_fit(case: tuple[Waiting, int]) -> None:
+def test_the_shape_of_a_batch_is_what_it_is_padded_to(case: tuple[Waiting, int]) -> None:
     waiting, anchor = case
-    chosen = waiting.batch(anchor)
-    left = set(range(len(waiting.pairs))) - set(chosen)
-    if left and len(chosen) < waiting.max_pairs:
-        costs = [waiting.cost([*chosen, other]) for other in left]
-        assert max(costs) > waiting.max_tokens
+    batch = waiting.batch(anchor)
+    shape = shape_of(candidates_of(batch))
+    assert shape.num_sources == num_runs(batch)
+    assert shape.source_length == max(source for source, _, _ in batch)
+    assert shape.num_targets == len(batch)
+    assert shape.target_length == max(target for _, target, _ in batch)
+    assert shape.tokens == padded_tokens(batch)
 
 
-@given(waiting_and_anchor())
-def test_all_go_together_where_all_fit(case: tuple[Waiting, int]) -> None:
-    waiting, anchor = case
-    everybody = list(range(len(waiting.pairs)))
-    roomy = Waiting(waiting.pairs, waiting.cost(everybody), len(everybody))
-    assert sorted(roomy.batch(anchor)) == everybody
-
-
-@settings(max_examples=50)
 @given(any_waiting())
 def test_everybody_is_batched_once_when_the_first_is_always_the_anchor(waiting: Waiting) -> None:
-    left = list(range(len(waiting.pairs)))
-    batched = []
+    left, batched = list(waiting.pairs), []
     while left:
-        rest = Waiting(
-            [waiting.pairs[index] for index in left], waiting.max_tokens, waiting.max_pairs
-        )
-        chosen = rest.batch(0)
-        batched += [left[place] for place in chosen]
-        left = [index for place, index in enumerate(left) if place not in chosen]
-    assert sorted(batched) == list(range(len(waiting.pairs)))
+        rest = replace(waiting, pairs=left)
+        batch = rest.batch(0)
+        batched += batch
+        for pair in batch:
+            left.remove(pair)
+    assert sorted(batched) == sorted(waiting.pairs)
 
 
-def test_a_shared_source_costs_once() -> None:
-    shared = Waiting([(10, 1, 7)] * 8, max_tokens=10 + 8, max_pairs=100)
-    assert len(shared.batch(0)) == 8
-    distinct = Waiting([(10, 1, key) for key in range(8)], max_tokens=10 + 8, max_pairs=100)
+@given(waiting_and_anchor(), st.integers(1, 20))
+def test_what_is_even_goes_together_as_far_as_the_caps_allow(
+    case: tuple[Waiting, int], length: int
+) -> None:
+    """Without padding every further pair shares the batch's fixed cost."""
+    waiting, anchor = case
+    pairs = [(length, length, key) for key in range(len(waiting.pairs))]
+    caps = Caps(waiting.caps.tokens, waiting.caps.pairs)
+    batch = Waiting(pairs, caps).batch(anchor)
+    assert len(batch) == max(1, min(len(pairs), caps.pairs, caps.tokens // (2 * length)))
+
+
+def test_all_go_together_where_a_batch_costs_much_and_all_fit() -> None:
+    pairs = [(1 + key % 7, 1 + key % 11, key) for key in range(80)]
+    dear = KnownCost(1.0, 1e-6, 1e-6, 0.0)
+    for anchor in (0, 40, 79):
+        assert len(Waiting(pairs, cost=dear).batch(anchor)) == 80
+
+
+def test_nothing_is_padded_where_a_batch_costs_nothing() -> None:
+    pairs = [(4, 1 + key // 10, key) for key in range(100)]
+    free = KnownCost(0.0, 1e-5, 2e-5, 0.0)
+    for anchor in (0, 55, 99):
+        batch = Waiting(pairs, cost=free).batch(anchor)
+        assert len({target for _, target, _ in batch}) == 1
+
+
+@pytest.mark.parametrize("fixed", [0.0, 1e-3, 1.0])
+def test_candidates_of_one_source_go_together_whatever_a_batch_costs(fixed: float) -> None:
+    """A long source beside short targets: encoding it is what a batch is for."""
+    pairs = [(200, 3, 7)] * 40
+    waiting = Waiting(pairs, Caps(1000, 100), KnownCost(fixed, 1e-5, 9e-5, 0.0))
+    for anchor in (0, 20, 39):
+        assert len(waiting.batch(anchor)) == 40
+
+
+def test_a_shared_source_costs_its_tokens_once() -> None:
+    shared = Waiting([(10, 1, 7)] * 8, Caps(tokens=10 + 8, pairs=100))
+    assert [len(shared.batch(anchor)) for anchor in range(8)] == [8] * 8
+    distinct = Waiting([(10, 1, key) for key in range(8)], Caps(tokens=10 + 8, pairs=100))
     assert len(distinct.batch(0)) == 1
 
 
 def test_a_long_target_does_not_blow_up_a_batch_of_short_ones() -> None:
-    short, long = [(2, 3, 0)] * 20, (2, 100, 0)
-    waiting = Waiting([*short, long], max_tokens=200, max_pairs=100)
-    assert sorted(waiting.batch(0)) == list(range(20))
-    assert waiting.batch(20) == [20]
+    short, long = [(2, 3, key) for key in range(20)], (2, 100, 99)
+    waiting = Waiting([*short, long], Caps(tokens=2200, pairs=100))
+    assert sorted(waiting.batch_with(short[0])) == short
+    assert waiting.batch_with(long) == [long]
 
 
-def test_shorter_targets_come_before_longer_ones_and_the_nearest_first() -> None:
-    waiting = Waiting([(1, length, 0) for length in range(1, 10)], max_tokens=10**6, max_pairs=3)
-    assert waiting.batch(4) == [2, 3, 4]
-    assert waiting.batch(0) == [0, 1, 2]
-    assert waiting.batch(1) == [0, 1, 2]
-
-
-def test_a_pair_above_the_limit_goes_alone() -> None:
-    waiting = Waiting([(50, 50, 0), (1, 1, 1)], max_tokens=10, max_pairs=8)
-    assert waiting.batch(0) == [0]
-    assert waiting.batch(1) == [1]
+def test_a_pair_above_the_caps_goes_alone() -> None:
+    waiting = Waiting([(50, 50, 0), (1, 1, 1)], Caps(tokens=10, pairs=8))
+    assert waiting.batch_with((50, 50, 0)) == [(50, 50, 0)]
+    assert waiting.batch_with((1, 1, 1)) == [(1, 1, 1)]
+    hasty = Waiting([(5, 5, key) for key in range(9)], Caps(1000, 100, seconds=1e-9))
+    assert len(hasty.batch(4)) == 1
 
 
 def test_the_longest_source_of_a_batch_pads_all_of_its_sources() -> None:
-    waiting = Waiting([(1, 4, 0), (9, 4, 1)], max_tokens=2 * 9 + 2 * 4, max_pairs=8)
-    assert len(waiting.batch(0)) == 2
-    tighter = Waiting(waiting.pairs, waiting.max_tokens - 1, 8)
-    assert tighter.batch(0) == [0]
-    assert tighter.batch(1) == [1]
+    pairs = [(1, 4, 0), (9, 4, 1)]
+    fitting = Caps(tokens=2 * 9 + 2 * 4, pairs=8)
+    assert len(Waiting(pairs, fitting).batch(0)) == 2
+    tighter = Waiting(pairs, replace(fitting, tokens=fitting.tokens - 1))
+    assert [len(tighter.batch(anchor)) for anchor in (0, 1)] == [1, 1]
 
 
-def test_a_request_is_not_held_up_by_others_that_are_shorter() -> None:
-    """Sixteen pairs that fit one batch go in one batch, whatever else waits."""
-    own, others = [(5, 5, key) for key in range(16)], [(4, 4, key) for key in range(100, 600)]
-    waiting = Waiting([*others, *own], 400, 64, request_of=(1,) * 500 + (0,) * 16)
-    chosen = waiting.batch(anchor=500)
-    assert set(range(500, 516)) <= set(chosen)
-    assert len(chosen) > 16, "what room is left is for the others"
-    assert waiting.cost(chosen) <= 400
+def test_a_bound_in_seconds_holds_back_what_the_other_caps_would_allow() -> None:
+    pairs = [(10, 10, key) for key in range(100)]
+    cost = KnownCost(0.01, 1e-4, 2e-4, 0.0)
+    batch = Waiting(pairs, Caps(10**6, 10**6, seconds=0.0401), cost).batch(50)
+    assert len(batch) == 10
+
+
+# ---------------------------------------------------------------- riders
+
+
+@given(any_waiting(), st.integers(1, 20), st.integers(1, 20), st.integers(1, 9))
+def test_riders_raise_neither_length_and_keep_the_caps(
+    waiting: Waiting, source_length: int, target_length: int, num_pairs: int
+) -> None:
+    shape = BatchShape(num_pairs, source_length, num_pairs, target_length)
+    found = riders(candidates_of(waiting.in_order), shape, waiting.caps, waiting.cost).tolist()
+    assert found == sorted(set(found))
+    riding = [waiting.in_order[index] for index in found]
+    assert all(source <= source_length for source, _, _ in riding)
+    assert all(target <= target_length for _, target, _ in riding)
+    if riding:
+        count = num_pairs + len(riding)
+        assert count <= waiting.caps.pairs
+        assert count * (source_length + target_length) <= waiting.caps.tokens
+        even = [(source_length, target_length, key) for key in range(count)]
+        assert seconds_of(waiting.cost, even) <= waiting.caps.seconds * (1 + 1e-9)
+
+
+@given(any_waiting(), st.integers(1, 20), st.integers(1, 20))
+def test_nobody_who_could_ride_is_left_behind(
+    waiting: Waiting, source_length: int, target_length: int
+) -> None:
+    shape = BatchShape(1, source_length, 1, target_length)
+    found = riders(candidates_of(waiting.in_order), shape, FREE, waiting.cost).tolist()
+    assert found == [
+        index
+        for index, (source, target, _) in enumerate(waiting.in_order)
+        if source <= source_length and target <= target_length
+    ]
+
+
+def test_the_longest_ride_where_there_is_no_room_for_all() -> None:
+    candidates = candidates_of(Waiting([(3, target, target) for target in range(1, 9)]).in_order)
+    shape = BatchShape(2, 3, 2, 6)
+    found = riders(candidates, shape, Caps(tokens=10**6, pairs=4), PRIOR)
+    assert candidates.target_lengths[found].tolist() == [5, 6]
+
+
+def test_nobody_rides_in_a_batch_that_is_full() -> None:
+    candidates = candidates_of([(1, 1, 1)])
+    full = BatchShape(2, 5, 2, 5)
+    for caps in (Caps(20, 100), Caps(10**6, 2), Caps(10**6, 100, seconds=1e-9)):
+        assert len(riders(candidates, full, caps, PRIOR)) == 0
+
+
+# ---------------------------------------------------------------- real lengths
+
+
+def test_real_lengths_are_padded_by_a_tenth_at_most() -> None:
+    """49 requests of 2,048 pairs wait; every one of their pairs is computed once."""
+    if not LENGTHS.is_file():
+        pytest.skip(f"{LENGTHS} is absent: it does not belong to the project")
+    languages = orjson.loads(LENGTHS.read_bytes())["pairs"]
+    rows = np.concatenate([languages[name] for name in ("en-de", "en-fr")])[:, 2:] + 1
+    waiting = np.random.default_rng(20260305).choice(rows, 49 * 2048)
+    limits = BatchingLimits(4096, 512, 10**9)
+    queue = Queue(limits, CostModel())
+    for number, lengths in enumerate(waiting.reshape(49, 2048, 2)):
+        queue.add(Job(pairs_of(lengths), "bulk", False, 0.0, Mock(), number))
+    real = padded = num_pairs = 0
+    while (formed := queue.take("bulk", 0.0, limits.max_batch_tokens)) is not None:
+        for job, rows in formed.selection:
+            real += int(job.source_lengths[rows].sum() + job.target_lengths[rows].sum())
+            num_pairs += len(rows)
+        padded += int(formed.shape.tokens)
+    assert num_pairs == len(waiting)
+    assert real == waiting.sum()
+    assert padded / real <= 1.10
+
+
+def pairs_of(lengths: np.ndarray) -> Pairs:
+    """Pairs of these lengths whose sources are all different. Shape: (N, 2)."""
+    source_lengths, target_lengths = lengths.T
+    ids = np.random.default_rng(int(lengths.sum())).integers(0, 2**31, source_lengths.sum())
+    return Pairs(
+        sources=Ragged(ids.astype(np.int32), offsets_of(source_lengths)),
+        source_index=np.arange(len(lengths), dtype=np.int32),
+        labels=Ragged(np.zeros(target_lengths.sum(), np.int32), offsets_of(target_lengths)),
+        counted=np.ones(target_lengths.sum(), np.bool_),
+        start_ids=np.zeros(len(lengths), np.int32),
+    )

@@ -27,7 +27,7 @@ from seqloss.errors import (
     OutOfMemoryError,
 )
 from seqloss.metrics import BatchReason, BatchReport, ModelMetrics
-from seqloss.records import Pairs, Priority, TokenTerms
+from seqloss.records import PRIORITIES, Pairs, Priority, TokenTerms
 
 _LOG = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Batcher:
         self._on_death = on_death
         self._num_jobs = 0
         self._work = asyncio.Event()
-        self._splits: deque[Formed] = deque()
+        self._splits: dict[Priority, deque[Formed]] = {each: deque() for each in PRIORITIES}
         self._ahead: tuple[Formed, asyncio.Task[_Ready]] | None = None
         self._scattering: set[asyncio.Task[None]] = set()
         self._is_closed = False
@@ -172,7 +172,7 @@ class Batcher:
         self._work.set()
         timer = None
         if seconds_left < float("inf"):
-            timer = self._loop.call_at(job.deadline, self._expire)
+            timer = self._loop.call_at(job.deadline, self._expire, job.deadline)
         try:
             await job.done
         except asyncio.CancelledError:
@@ -207,9 +207,12 @@ class Batcher:
             "less at a time"
         )
 
-    def _expire(self) -> None:
-        """Answers those whose time is over; nothing of them is computed any more."""
-        for job in self._queue.expired(self._loop.time()):
+    def _expire(self, at_least: float = 0.0) -> None:
+        """Answers those whose time is over; nothing of them is computed any more.
+
+        A timer may come too early, by the clock's resolution: it says what time it was set for.
+        """
+        for job in self._queue.expired(max(at_least, self._loop.time())):
             if not job.done.done():
                 self._metrics.cancelled(job.num_unfinished)
                 self._fail([job], self._missed())
@@ -251,15 +254,20 @@ class Batcher:
 
     def _next(self) -> tuple[Formed | None, asyncio.Task[_Ready] | None]:
         """The batch that goes to the device now: halves of one, one formed ahead, or a new one."""
-        if self._splits:
-            formed = self._splits.popleft()
+        turn = self._queue.turn(self._formed())
+        if turn and self._splits[turn]:
+            formed = self._splits[turn].popleft()
             return formed, self._collating(formed)
-        turn = self._queue.turn(bulk_is_formed=self._ahead is not None)
         if turn == "bulk" and self._ahead is not None:
             (formed, collating), self._ahead = self._ahead, None
             return formed, collating
         taken = self._queue.take(turn, self._loop.time(), self._budget.tokens) if turn else None
         return taken, None if taken is None else self._collating(taken)
+
+    def _formed(self) -> set[Priority]:
+        """Classes of which a batch is formed already."""
+        formed = {priority for priority, splits in self._splits.items() if splits}
+        return formed | {"bulk"} if self._ahead is not None else formed
 
     def _form_ahead(self, like: Formed) -> None:
         """Has the next bulk batch collated while the device computes, where plenty waits.
@@ -267,7 +275,7 @@ class Batcher:
         An interactive request that comes meanwhile still goes first.
         """
         plenty = _BATCHES_AHEAD * num_pairs_of(like.selection)
-        if self._ahead or self._splits or self._queue.num_waiting < plenty:
+        if self._formed() or self._queue.num_waiting < plenty:
             return
         if self._queue.turn() == "bulk":
             formed = self._queue.take("bulk", self._loop.time(), self._budget.tokens)
@@ -288,13 +296,15 @@ class Batcher:
 
     async def _still_wanted(self, ready: _Ready) -> _Ready | None:
         """The batch without those who left, or whose time passed, since it was formed."""
-        self._expire()
-        selection = [part for part in ready.formed.selection if not part[0].done.done()]
-        if len(selection) == len(ready.formed.selection):
-            return ready
-        if not selection:
-            return None
-        return await self._collating(replace(ready.formed, selection=selection))
+        while True:
+            self._expire()
+            selection = [part for part in ready.formed.selection if not part[0].done.done()]
+            if len(selection) == len(ready.formed.selection):
+                return ready
+            if not selection:
+                return None
+            # Others may leave meanwhile.
+            ready = await self._collating(replace(ready.formed, selection=selection))
 
     async def _compute(self, ready: _Ready) -> None:
         started = self._loop.time()
@@ -304,7 +314,7 @@ class Batcher:
                 job.queue_seconds = started - job.arrived
                 self._metrics.queue_wait(job.priority, job.queue_seconds)
             job.num_batches += 1
-        self._queue.started(formed.priority, bulk_is_formed=self._ahead is not None)
+        self._queue.started(formed.priority, self._formed())
         self._form_ahead(formed)
         terms, seconds = await self._forward(ready)
         if terms is None:
@@ -341,13 +351,14 @@ class Batcher:
             return None, self._loop.time() - started
 
         forward = asyncio.ensure_future(self._loop.run_in_executor(self._threads.device, score))
+        # Nobody reads it where the watchdog or a drain ends this.
+        forward.add_done_callback(_ignore)
         # Another model may have the device; its own watchdog looks after it.
         await asyncio.wait({forward, begun}, return_when=asyncio.FIRST_COMPLETED)
         if self._max_forward_seconds < float("inf"):
             await asyncio.wait({forward}, timeout=self._max_forward_seconds)
             if not forward.done():
                 self.is_stuck = True
-                forward.add_done_callback(_ignore)
                 raise EngineDeadError(
                     f"a batch was not computed within {self._max_forward_seconds:g} s"
                 )
@@ -360,7 +371,9 @@ class Batcher:
             self._budget.did_not_fit()
             self._metrics.batch_split()
             short, long = halves(formed.selection)
-            self._splits.extend((replace(formed, selection=short), replace(formed, selection=long)))
+            self._splits[formed.priority].extend(
+                (replace(formed, selection=short), replace(formed, selection=long))
+            )
             return
         ((job, rows),) = formed.selection
         job.out_of_memory[rows] = True
@@ -376,18 +389,24 @@ class Batcher:
             _LOG.exception("the results of a batch were lost")
             self._fail([job for job, _ in collated.selection], error)
             return
+        self._count_done(collated.selection, seconds)
+        try:
+            self._report(ready, seconds, self._loop.time() - started)
+        except Exception:  # figures are no reason to keep an answer back
+            _LOG.exception("a batch could not be reported")
+
+    def _report(self, ready: _Ready, forward_seconds: float, scatter_seconds: float) -> None:
+        collated, info = ready.collated, self._engine.info
         self._metrics.batch(
             BatchReport.of(
                 collated.batch,
                 num_pairs_of(collated.selection),
-                (ready.collate_seconds, seconds, self._loop.time() - started),
-                self._engine.info.source_multiple,
+                (ready.collate_seconds, forward_seconds, scatter_seconds),
+                info.source_multiple,
             ),
             ready.reason,
         )
-        info = self._engine.info
         self._metrics.device_memory(info.device, self._engine.memory_bytes())
-        self._count_done(collated.selection, seconds)
 
     def _count_done(self, selection: Selection, seconds: float) -> None:
         for job, rows in selection:

@@ -134,12 +134,14 @@ def form_batch(candidates: Candidates, anchor: int, caps: Caps, cost: CostModel)
 
 def _least_seconds(candidates: Candidates, cost: CostModel) -> Float64Array:
     """What each pair must take at least, its share of its source included. Shape: (N,)."""
-    source = differs_from_last(candidates.source_keys).cumsum() - 1
-    num_pairs = np.bincount(source)[source]
     _, by_encoded, by_decoded, by_attended = cost.numbers
     sources, targets = candidates.source_lengths, candidates.target_lengths
-    seconds: Float64Array = (by_encoded + by_attended * sources) * sources / num_pairs
-    seconds += (by_decoded + by_attended * (sources + targets)) * targets
+    by_source = (by_encoded + by_attended * sources) * sources
+    is_first = differs_from_last(candidates.source_keys)
+    if not is_first.all():
+        source = is_first.cumsum() - 1
+        by_source = by_source / np.bincount(source)[source]
+    seconds: Float64Array = by_source + (by_decoded + by_attended * (sources + targets)) * targets
     return seconds
 
 

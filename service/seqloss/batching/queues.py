@@ -6,6 +6,7 @@ Pure: time is given, nothing is awaited, and the same calls give the same batche
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from seqloss.batching.cost import BatchShape, CostModel
@@ -63,7 +64,7 @@ class Queue:
             priority: _Class(priority) for priority in PRIORITIES
         }
         self._jobs: dict[int, Job] = {}
-        self._deadlines: list[tuple[float, int, Job]] = []
+        self._deadlines: list[tuple[float, int]] = []
         self._bypassed = 0
         self._interactive_seen = -_INTERACTIVE_SECONDS
         self.num_waiting = 0
@@ -79,7 +80,8 @@ class Queue:
         self.num_waiting += job.num_waiting
         self._classes[job.priority].add(job)
         if job.deadline < float("inf"):
-            heapq.heappush(self._deadlines, (job.deadline, job.number, job))
+            # Its number alone: one that is done long before is not to be kept in memory.
+            heapq.heappush(self._deadlines, (job.deadline, job.number))
         if job.priority == "interactive":
             self._interactive_seen = job.arrived
 
@@ -94,9 +96,9 @@ class Queue:
         """Requests whose deadline has passed; each is named once. They are to be removed."""
         passed = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, job = heapq.heappop(self._deadlines)
-            if job.number in self._jobs:
-                passed.append(job)
+            _, number = heapq.heappop(self._deadlines)
+            if number in self._jobs:
+                passed.append(self._jobs[number])
         return passed
 
     @property
@@ -104,21 +106,24 @@ class Queue:
         """When the first of the requests came that are here still; None where there is none."""
         return next(iter(self._jobs.values())).arrived if self._jobs else None
 
-    def turn(self, *, bulk_is_formed: bool = False) -> Priority | None:
+    def turn(self, formed: Collection[Priority] = ()) -> Priority | None:
         """The class that comes next: interactive, but not more than `MAX_BYPASS` times in a row.
 
         Args:
-            bulk_is_formed: a batch of bulk pairs has been formed and waits.
+            formed: classes of which a batch has been formed and waits.
         """
-        bulk = bulk_is_formed or self._classes["bulk"].anchor() is not None
-        if self._classes["interactive"].anchor() is None:
-            return "bulk" if bulk else None
-        return "bulk" if bulk and self._bypassed >= MAX_BYPASS else "interactive"
+        if not self._waits("interactive", formed):
+            return "bulk" if self._waits("bulk", formed) else None
+        is_due = self._bypassed >= MAX_BYPASS and self._waits("bulk", formed)
+        return "bulk" if is_due else "interactive"
 
-    def started(self, priority: Priority, *, bulk_is_formed: bool = False) -> None:
-        """A batch with an anchor of this class goes to the device."""
-        bulk_waits = bulk_is_formed or self._classes["bulk"].anchor() is not None
-        self._bypassed = self._bypassed + 1 if priority == "interactive" and bulk_waits else 0
+    def started(self, priority: Priority, formed: Collection[Priority] = ()) -> None:
+        """A batch with an anchor of this class goes to the device; others are formed and wait."""
+        is_bypass = priority == "interactive" and self._waits("bulk", formed)
+        self._bypassed = self._bypassed + 1 if is_bypass else 0
+
+    def _waits(self, priority: Priority, formed: Collection[Priority]) -> bool:
+        return priority in formed or self._classes[priority].anchor() is not None
 
     def take(self, priority: Priority, now: float, max_batch_tokens: int) -> Formed | None:
         """Takes a batch out of what waits.
@@ -138,10 +143,8 @@ class Queue:
             return None
         limits = self._limits
         window_tokens = _WINDOW_BATCHES * limits.max_batch_tokens
-        window = mine.window(anchor, self._cost, window_tokens)
+        window, place = mine.window(anchor, self._cost, window_tokens)
         caps = Caps(max_batch_tokens, limits.max_batch_pairs, self._most_seconds(priority, now))
-        place = window.first_of(anchor)
-        assert place is not None  # noqa: S101 - `window` saw to it
         chosen = form_batch(window.candidates, place, caps, self._cost)
         shape = shape_of(window.candidates.part(chosen))
         taken = window.take(chosen)
@@ -169,7 +172,7 @@ class Queue:
             alone = float(self._cost.seconds(shape))
             seconds = min(_WITH_RIDERS * alone, self._limits.max_block_seconds)
             block = Caps(caps.tokens, caps.pairs, seconds)
-            window = other.window(waiting, self._cost, window_tokens)
+            window, _ = other.window(waiting, self._cost, window_tokens)
             found = riders(window.candidates, shape, block, self._cost)
             if len(found):
                 taken.extend(window.take(found))
@@ -251,15 +254,16 @@ class _Class:
         """Counts what a tenant had of a batch."""
         self._tenants[job.tenant].served += num_tokens
 
-    def window(self, anchor: Job, cost: CostModel, max_tokens: int) -> Window:
-        """The window with pairs of the anchor in it; filled where it is half empty.
+    def window(self, anchor: Job, cost: CostModel, max_tokens: int) -> tuple[Window, int]:
+        """The window, filled where it is half empty, and where a pair of the anchor stands in it.
 
         Sorting it costs little per batch, since it is done once for many.
         """
         window = self._windows[anchor.all_terms]
         room = max_tokens - window.num_tokens
         coming: Selection = []
-        if window.first_of(anchor) is None:
+        place = window.first_of(anchor)
+        if place is None:
             rows, num_tokens = anchor.next_rows(max(max_tokens // 8, room), cost.target_weight)
             coming.append((anchor, rows))
             room -= num_tokens
@@ -267,7 +271,9 @@ class _Class:
             coming.extend(self._next_from_outside(anchor, room, cost))
         if coming:
             window.add(coming, cost.target_weight)
-        return window
+            place = window.first_of(anchor)
+        assert place is not None  # noqa: S101 - if it was not there, it is now
+        return window, place
 
     def _next_from_outside(self, anchor: Job, room: int, cost: CostModel) -> Selection:
         """Pairs in the order in which their turn will come: each tenant has a share of the room."""
