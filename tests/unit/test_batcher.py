@@ -34,7 +34,7 @@ from seqloss.errors import (
 )
 from seqloss.metrics import Metrics
 from seqloss.records import Batch, Priority, TokenTerms
-from virtual_time import VirtualThread, VirtualTimeLoop
+from virtual_time import NeverReturns, VirtualThread, VirtualTimeLoop
 
 ROOMY = BatchingLimits(max_batch_tokens=1000, max_batch_pairs=100, max_queue_tokens=10**6)
 
@@ -815,3 +815,28 @@ def test_batches_are_smaller_after_one_that_did_not_fit() -> None:
         sizes = [len(batch.labels) for batch in service.engine.batches]
         assert sizes[0] > 20
         assert all(size <= 40 * 0.7 for size in sizes[1:])
+
+
+def test_the_halves_of_a_batch_that_did_not_fit_shrink_the_budget_only_once() -> None:
+    def refuse_above_four_pairs(batch: Batch) -> None:
+        if len(batch.decoder_input_ids) > 4:
+            raise OutOfMemoryError("too many pairs")
+
+    limits = BatchingLimits(400, 64, 10**6)
+    with virtual_service(refuse_above_four_pairs, limits) as service:
+        assert outcomes(service, service.start(simple(5, num_pairs=64))) == [Outcome]
+        assert service.batcher._budget.tokens == 280
+
+
+def test_a_drain_does_not_wait_for_a_batch_that_never_ends() -> None:
+    def hang(_: Batch) -> None:
+        raise NeverReturns
+
+    limits = BatchingLimits(100, 10, 10**6, max_forward_seconds=300)
+    with virtual_service(hang, limits) as service:
+        task = service.start(simple(5))
+        service.loop.advance(1)
+        service.drain(30)
+        assert outcomes(service, task) == [NotReadyError]
+        assert service.batcher.is_stuck
+        assert service.loop.time() < 300

@@ -90,7 +90,7 @@ class DeviceBudget:
         return max(1, int(self._tokens))
 
     def did_not_fit(self) -> None:
-        """A batch of more than one pair ran out of memory."""
+        """A batch that was formed within the budget ran out of memory."""
         self._tokens = max(1.0, self._tokens * _SHRINK)
         self._clean = 0
 

@@ -34,6 +34,8 @@ _LOG = logging.getLogger(__name__)
 # A batch is formed ahead of time only where so many more like it wait: else what comes meanwhile
 # would have made a better one.
 _BATCHES_AHEAD = 2
+# A batch that a drain gave up on is waited for so long: it may be one that never ends.
+_LAST_BATCH_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class Batcher:
         self._splits: dict[Priority, deque[Formed]] = {each: deque() for each in PRIORITIES}
         self._ahead: tuple[Formed, asyncio.Task[_Ready]] | None = None
         self._scattering: set[asyncio.Task[None]] = set()
+        self._forwarding: asyncio.Future[Any] | None = None
         self._is_closed = False
         self._death: EngineDeadError | None = None
         self.is_stuck = False
@@ -198,6 +201,9 @@ class Batcher:
             self._fail(self._queue.jobs, NotReadyError(reason, retry_after_seconds=1))
             self._task.cancel()
             self._drop_ahead()
+        if self._forwarding is not None:
+            _, running = await asyncio.wait({self._forwarding}, timeout=_LAST_BATCH_SECONDS)
+            self.is_stuck = bool(running)
         await asyncio.gather(self._task, *self._scattering, return_exceptions=True)
 
     def _missed(self) -> DeadlineExceededError:
@@ -351,6 +357,7 @@ class Batcher:
             return None, self._loop.time() - started
 
         forward = asyncio.ensure_future(self._loop.run_in_executor(self._threads.device, score))
+        self._forwarding = forward
         # Nobody reads it where the watchdog or a drain ends this.
         forward.add_done_callback(_ignore)
         # Another model may have the device; its own watchdog looks after it.
@@ -368,11 +375,11 @@ class Batcher:
         """A pair that alone does not fit is given up; more are computed as two batches."""
         self._metrics.out_of_memory()
         if num_pairs_of(formed.selection) > 1:
-            self._budget.did_not_fit()
+            if not formed.is_part:  # halves that do not fit say nothing new of the budget
+                self._budget.did_not_fit()
             self._metrics.batch_split()
-            short, long = halves(formed.selection)
             self._splits[formed.priority].extend(
-                (replace(formed, selection=short), replace(formed, selection=long))
+                replace(formed, selection=half, is_part=True) for half in halves(formed.selection)
             )
             return
         ((job, rows),) = formed.selection

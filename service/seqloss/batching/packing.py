@@ -16,6 +16,7 @@ from seqloss.records import BoolArray, Float64Array, Int64Array
 # Lengths are below this, so that three numbers sort as one.
 _BITS = 21
 _MASK = (1 << _BITS) - 1
+_AS_GOOD_AS = 0.998
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.target_lengths)
 
-    def part(self, rows: slice) -> Candidates:
+    def part(self, rows: slice | Int64Array) -> Candidates:
         """Some of them."""
         return Candidates(
             self.source_lengths[rows], self.target_lengths[rows], self.source_keys[rows]
@@ -210,9 +211,11 @@ class _Grown:
             return self
         least_seconds = way.least_seconds[:fitting].cumsum() + self.least_seconds
         efficiency = least_seconds / seconds[:fitting]
-        best = int(efficiency.argmax())
-        if efficiency[best] < self.efficiency:
+        most = efficiency.max()
+        if most < self.efficiency:
             return self
+        # Of sizes that are as good as equal the largest: each batch costs the host something too.
+        best = int(np.flatnonzero(efficiency >= _AS_GOOD_AS * most)[-1])
         return _Grown(
             shapes.at(best), float(least_seconds[best]), float(efficiency[best]), self.anchor_source
         )

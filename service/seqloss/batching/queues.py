@@ -47,11 +47,13 @@ class Formed:
         selection: of which jobs, which pairs.
         priority: the class of its anchor.
         shape: what it is padded to.
+        is_part: whether it is a half of one that did not fit the device.
     """
 
     selection: Selection
     priority: Priority
     shape: BatchShape
+    is_part: bool = False
 
 
 class Queue:
@@ -145,9 +147,13 @@ class Queue:
         window_tokens = _WINDOW_BATCHES * limits.max_batch_tokens
         window, place = mine.window(anchor, self._cost, window_tokens)
         caps = Caps(max_batch_tokens, limits.max_batch_pairs, self._most_seconds(priority, now))
-        chosen = form_batch(window.candidates, place, caps, self._cost)
-        shape = shape_of(window.candidates.part(chosen))
-        taken = window.take(chosen)
+        candidates, allowed = window.candidates, None
+        if ahead := mine.jobs_ahead_of(anchor, limits.max_batch_tokens):
+            allowed = window.without(ahead)
+            candidates, place = candidates.part(allowed), int(allowed.searchsorted(place))
+        chosen = form_batch(candidates, place, caps, self._cost)
+        shape = shape_of(candidates.part(chosen))
+        taken = window.take(chosen if allowed is None else allowed[chosen])
         shape = self._with_riders(taken, shape, caps, other, anchor, window_tokens)
         for job, rows, num_tokens in taken:
             job.num_waiting -= len(rows)
@@ -216,8 +222,9 @@ class _Class:
     """One priority's jobs, by tenant.
 
     The tenant whose pairs were served the fewest tokens comes next.  A tenant that was away starts
-    where the others are, so that idling earns nothing; and between two tenants with waiting pairs
-    the difference is never more than what one batch and one pair hold.
+    where the others are, so that idling earns nothing.  Batches are filled up with pairs of other
+    tenants, but not of those that are a batch ahead: between two tenants with waiting pairs the
+    difference is never more than what two batches hold.
     """
 
     def __init__(self, priority: Priority) -> None:
@@ -249,6 +256,18 @@ class _Class:
         _, _, job, tenant = min(turns)
         self._clock = max(self._clock, tenant.served)
         return job
+
+    def jobs_ahead_of(self, anchor: Job, num_tokens: int) -> list[Job]:
+        """Jobs of tenants that are so many tokens ahead of the anchor's: it is not their turn."""
+        if len(self._tenants) == 1:
+            return []
+        most = self._tenants[anchor.tenant].served + num_tokens
+        return [
+            job
+            for tenant in self._tenants.values()
+            if tenant.served > most
+            for _, _, job in tenant.waiting
+        ]
 
     def charge(self, job: Job, num_tokens: int) -> None:
         """Counts what a tenant had of a batch."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from seqloss.batching.jobs import Job, Selection
@@ -56,6 +58,11 @@ class Window:
         mine = self._table[_JOB] == job.number
         first = int(mine.argmax()) if len(mine) else 0
         return first if len(mine) and mine[first] else None
+
+    def without(self, jobs: Sequence[Job]) -> Int64Array:
+        """Where the pairs of all other jobs stand, rising."""
+        numbers = [job.number for job in jobs]
+        return np.flatnonzero(np.isin(self._table[_JOB], numbers, invert=True))
 
     def take(self, chosen: slice | Int64Array) -> Taken:
         """Takes pairs out, grouped by job, in packing order."""
