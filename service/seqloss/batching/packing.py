@@ -16,7 +16,9 @@ from seqloss.records import BoolArray, Float64Array, Int64Array
 # Lengths are below this, so that three numbers sort as one.
 _BITS = 21
 _MASK = (1 << _BITS) - 1
-_AS_GOOD_AS = 0.998
+# A rider's own work is at least so much of what it adds to its batch; else a batch of its like is
+# the better one.
+_WORTH_RIDING = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,26 +213,28 @@ class _Grown:
             return self
         least_seconds = way.least_seconds[:fitting].cumsum() + self.least_seconds
         efficiency = least_seconds / seconds[:fitting]
-        most = efficiency.max()
-        if most < self.efficiency:
+        best = int(efficiency.argmax())
+        if efficiency[best] < self.efficiency:
             return self
-        # Of sizes that are as good as equal the largest: each batch costs the host something too.
-        best = int(np.flatnonzero(efficiency >= _AS_GOOD_AS * most)[-1])
         return _Grown(
             shapes.at(best), float(least_seconds[best]), float(efficiency[best]), self.anchor_source
         )
 
 
 def riders(candidates: Candidates, shape: BatchShape, caps: Caps, cost: CostModel) -> Int64Array:
-    """Pairs that may ride along in a batch of this shape, and raise neither of its lengths.
+    """Pairs that may ride along in a batch of this shape: they raise neither of its lengths.
 
     Returns:
-        Indices, rising: the longest of those that fit, as many as the caps allow.
+        Indices, rising: as many as the caps allow, of those that are padded the least.
     """
-    fits = (candidates.source_lengths <= shape.source_length) & (
-        candidates.target_lengths <= shape.target_length
-    )
-    found = np.flatnonzero(fits)
+    sources, targets = candidates.source_lengths, candidates.target_lengths
+    encoded, decoded, attended = BatchShape(1, sources, 1, targets).work()
+    padded = BatchShape(1, shape.source_length, 1, shape.target_length).work()
+    alone = cost.seconds_of_work(0, 0, 0)
+    added = cost.seconds_of_work(*padded) - alone
+    worth = cost.seconds_of_work(encoded, decoded, attended) - alone
+    fits = (sources <= shape.source_length) & (targets <= shape.target_length)
+    found = np.flatnonzero(fits & (worth >= _WORTH_RIDING * added))
     more = np.arange(1, min(len(found), caps.pairs) + 1)
     shapes = BatchShape(
         shape.num_sources + more,
@@ -240,7 +244,8 @@ def riders(candidates: Candidates, shape: BatchShape, caps: Caps, cost: CostMode
     )
     allowed = (shapes.tokens <= caps.tokens) & (shapes.num_targets <= caps.pairs)
     allowed &= cost.seconds(shapes) <= caps.seconds
-    return found[len(found) - int(allowed.sum()) :]
+    best: Int64Array = worth[found].argsort(kind="stable")[len(found) - int(allowed.sum()) :]
+    return np.sort(found[best])
 
 
 def shape_of(candidates: Candidates) -> BatchShape:
