@@ -27,7 +27,7 @@ from seqloss.errors import (
     OutOfMemoryError,
 )
 from seqloss.metrics import BatchReason, BatchReport, ModelMetrics
-from seqloss.records import PRIORITIES, Pairs, Priority, TokenTerms
+from seqloss.records import PRIORITIES, Batch, Pairs, Priority, TokenTerms
 
 _LOG = logging.getLogger(__name__)
 
@@ -314,29 +314,20 @@ class Batcher:
 
     async def _compute(self, ready: _Ready) -> None:
         started = self._loop.time()
-        formed, batch = ready.formed, ready.collated.batch
+        formed = ready.formed
         for job, _ in formed.selection:
             if not job.num_batches:
                 job.queue_seconds = started - job.arrived
                 self._metrics.queue_wait(job.priority, job.queue_seconds)
             job.num_batches += 1
         self._queue.started(formed.priority, self._formed())
-        self._form_ahead(formed)
         terms, seconds = await self._forward(ready)
         if terms is None:
             self._split(formed)
             return
         self._budget.fitted()
-        shape = BatchShape(
-            len(batch.sources),
-            int(batch.sources.lengths.max()),
-            len(batch.decoder_input_ids),
-            int(batch.decoder_input_ids.lengths.max()),
-        )
-        self._cost.observe(shape, seconds)
-        num_tokens = len(batch.sources.values) + len(batch.labels)
-        self._admission.computed(num_tokens, seconds)
-        # The device need not wait for what is done with its results.
+        # The device need not wait for what is done with its results: a task starts when this one
+        # has given it the next batch.
         finishing = self._loop.create_task(self._finish(ready, terms, seconds))
         self._scattering.add(finishing)
         finishing.add_done_callback(self._scattering.discard)
@@ -362,6 +353,8 @@ class Batcher:
         forward.add_done_callback(_ignore)
         # Another model may have the device; its own watchdog looks after it.
         await asyncio.wait({forward, begun}, return_when=asyncio.FIRST_COMPLETED)
+        # Only now: forming holds the interpreter, which the device's thread needs to begin.
+        self._form_ahead(ready.formed)
         if self._max_forward_seconds < float("inf"):
             await asyncio.wait({forward}, timeout=self._max_forward_seconds)
             if not forward.done():
@@ -387,10 +380,11 @@ class Batcher:
         self._count_done(formed.selection, 0.0)
 
     async def _finish(self, ready: _Ready, terms: TokenTerms, seconds: float) -> None:
-        """Gives the jobs their terms."""
+        """Gives the jobs their terms, and remembers what they took."""
         started = self._loop.time()
         collated = ready.collated
         try:
+            self._observe(collated.batch, seconds)
             await self._loop.run_in_executor(self._threads.host, collated.scatter, terms)
         except Exception as error:  # whoever waits must hear of it
             _LOG.exception("the results of a batch were lost")
@@ -401,6 +395,14 @@ class Batcher:
             self._report(ready, seconds, self._loop.time() - started)
         except Exception:  # figures are no reason to keep an answer back
             _LOG.exception("a batch could not be reported")
+
+    def _observe(self, batch: Batch, seconds: float) -> None:
+        sources, targets = batch.sources, batch.decoder_input_ids
+        shape = BatchShape(
+            len(sources), int(sources.lengths.max()), len(targets), int(targets.lengths.max())
+        )
+        self._cost.observe(shape, seconds)
+        self._admission.computed(len(sources.values) + len(batch.labels), seconds)
 
     def _report(self, ready: _Ready, forward_seconds: float, scatter_seconds: float) -> None:
         collated, info = ready.collated, self._engine.info
