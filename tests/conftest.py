@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from fastapi.testclient import TestClient
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from prometheus_client import CollectorRegistry
 
 from fakes import FakeEngine, fake_bundle
+from seqloss.bundle.manifest import EngineName, Precision
 from seqloss.bundle.reader import Bundle, open_bundle
 from seqloss.engines.base import Engine
 from seqloss.http.app import create_app
@@ -63,36 +65,57 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="session")
-def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
-    """Exports a family's random checkpoint, `demo` or `oracle`; each once per run."""
-    made: dict[str, Bundle] = {}
+# What holds for one engine holds for all of them: modules that say so run once for each.
+on_every_engine = pytest.mark.parametrize("engine_name", get_args(EngineName), indirect=True)
 
-    def make(name: str) -> Bundle:
-        if name not in made:
-            made[name] = _export(name, tmp_path_factory.mktemp(name))
-        return made[name]
+
+@pytest.fixture(scope="session")
+def engine_name(request: pytest.FixtureRequest) -> EngineName:
+    """Whose graphs `bundle_of` exports: Torch's, where a module does not ask for every engine's."""
+    name: EngineName = getattr(request, "param", "torch")
+    return name
+
+
+@pytest.fixture(scope="session")
+def export_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, EngineName], Bundle]:
+    """Exports a family's random checkpoint, `demo` or `oracle`; each once per run and engine."""
+    made: dict[tuple[str, EngineName], Bundle] = {}
+
+    def make(name: str, engine: EngineName) -> Bundle:
+        if (name, engine) not in made:
+            made[name, engine] = _export(name, engine, tmp_path_factory.mktemp(name))
+        return made[name, engine]
 
     return make
 
 
-def _export(name: str, folder: Path) -> Bundle:
+@pytest.fixture(scope="session")
+def bundle_of(
+    engine_name: EngineName, export_once: Callable[[str, EngineName], Bundle]
+) -> Callable[[str], Bundle]:
+    """As `export_once`, of the engine that the test is for."""
+    return functools.partial(export_once, engine=engine_name)
+
+
+def _export(name: str, engine: EngineName, folder: Path) -> Bundle:
     from checkpoints import MAIN_FAMILIES, save_checkpoint
     from seqloss.demo import CHECKPOINT
     from seqloss.export.exporter import ExportOptions, export_checkpoint
 
-    options = ExportOptions()
+    options = ExportOptions(engines=(engine,))
     if name == "demo":
         checkpoint = CHECKPOINT
     elif name == "oracle":
         if not ORACLE.is_dir():
             pytest.skip(f"{ORACLE} is absent: it does not belong to the project")
         # Its classes 43 to 93 are source ids, which the softmax is not over.
-        checkpoint, options = ORACLE, ExportOptions(excluded_classes=((43, 93),))
+        checkpoint = ORACLE
+        options = ExportOptions(engines=(engine,), excluded_classes=((43, 93),))
     else:
         checkpoint = save_checkpoint(name, folder / "checkpoint")
         if name in MAIN_FAMILIES:
-            options = ExportOptions(precisions=("float32", "bfloat16"))
+            lower: Precision = "bfloat16" if engine == "torch" else "int8"
+            options = ExportOptions(engines=(engine,), precisions=("float32", lower))
     export_checkpoint(str(checkpoint), folder / "bundle", options)
     return open_bundle(folder / "bundle")
 

@@ -62,9 +62,14 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--port", help="(default: 8000)")
     serve.add_argument("--device", help="auto, cpu or cuda:N (default: auto)")
     serve.add_argument(
+        "--engine",
+        help="auto, torch or onnx (default: auto, the first that the bundle holds and that is "
+        "installed)",
+    )
+    serve.add_argument(
         "--precision",
-        help="auto, float32, bfloat16 or float16 (default: auto, the fastest that the device has "
-        "and the bundle holds)",
+        help="auto, float32, bfloat16, float16 or int8 (default: auto, the fastest that the "
+        "device has and the bundle holds; int8 only where it holds nothing else)",
     )
     serve.add_argument("--max-batch-tokens", help="padded tokens of a batch (default: 4096)")
     serve.set_defaults(run=_serve)
@@ -73,13 +78,19 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
 def _add_export(export: argparse.ArgumentParser) -> None:
     export.add_argument("checkpoint", help="a local folder or a hub name")
     export.add_argument("--output", type=Path, required=True, help="the bundle's folder")
-    export.add_argument("--engine", choices=get_args(EngineName), default="torch")
+    export.add_argument(
+        "--engine",
+        choices=get_args(EngineName),
+        nargs="+",
+        default=["torch"],
+        help="whose graphs; the first one is preferred when the bundle is served (default: torch)",
+    )
     export.add_argument(
         "--precision",
         choices=get_args(Precision),
         nargs="+",
-        default=["float32", "bfloat16"],
-        help="one graph for each; they share the weights (default: float32 bfloat16)",
+        help="one graph for each; Torch graphs share the weights (default: float32 bfloat16 for "
+        "torch, float32 for onnx)",
     )
     export.add_argument(
         "--exclude-classes",
@@ -160,7 +171,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    names = ("host", "port", "device", "precision", "max_batch_tokens")
+    names = ("host", "port", "device", "engine", "precision", "max_batch_tokens")
     return load_settings(
         **{name: value for name in names if (value := getattr(options, name)) is not None}
     )
@@ -191,8 +202,8 @@ def _export(options: argparse.Namespace) -> int:
         options.checkpoint,
         options.output,
         ExportOptions(
-            engine=options.engine,
-            precisions=tuple(dict.fromkeys(options.precision)),
+            engines=tuple(dict.fromkeys(options.engine)),
+            precisions=options.precision and tuple(dict.fromkeys(options.precision)),
             excluded_classes=tuple(options.exclude_classes),
             decoder_start=options.decoder_start_token_id,
             unsafe_float16=options.unsafe_float16,

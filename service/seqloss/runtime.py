@@ -16,7 +16,7 @@ from seqloss.batching.jobs import Outcome
 from seqloss.batching.loop import Batcher, Threads
 from seqloss.batching.queues import BatchingLimits
 from seqloss.batching.warm_up import warm_up
-from seqloss.bundle.manifest import Precision
+from seqloss.bundle.manifest import EngineName, Precision
 from seqloss.bundle.reader import Bundle
 from seqloss.checking.check import Checked, check
 from seqloss.engines.base import Engine
@@ -42,7 +42,9 @@ _Result = TypeVar("_Result")
 # Checking and reducing take some 20 ns a token or row: at most a millisecond on the event loop.
 _ON_LOOP_SIZE = 50_000
 
-LoadEngine = Callable[[Bundle, str, Precision | Literal["auto"], int | None], Engine]
+LoadEngine = Callable[
+    [Bundle, str, Precision | Literal["auto"], int | None, EngineName | Literal["auto"]], Engine
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,8 @@ class LossRuntime:
                 self.bundle,
                 settings.device,
                 settings.precision,
-                settings.torch_threads,
+                settings.threads,
+                settings.engine,
             )
             if self._state == "loading":
                 self._reason = "the model is being warmed up"

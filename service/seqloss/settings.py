@@ -41,13 +41,17 @@ class Settings(BaseSettings):
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
     """`auto` (cuda:0 where there is one, else cpu), `cpu`, or `cuda:N`."""
 
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of matrix products. `auto`: the fastest that the device has in hardware and the bundle holds.
+    engine: Literal["auto", "torch", "onnx"] = "auto"
+    """What runs models. `auto`: the first that the bundle has graphs for and that is installed."""
+
+    precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """Of matrix products. `auto`: the fastest that the device has in hardware and the bundle holds;
+    int8, an approximation, only where the bundle holds nothing else.
     bfloat16 is some three times as fast as float32, and off by about 0.01 nats per token; sums,
     norms and softmaxes are float32 always. /models states what is served and its measured error."""
 
-    torch_threads: int | None = Field(None, ge=1)
-    """CPU threads for matrix products. None: as many as Torch finds cores."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads for matrix products. None: as many as the engine finds cores."""
 
     warm_up: bool = True
     """Whether batches at the corners of the budget are computed before the service is ready: their

@@ -82,7 +82,7 @@ def measure_seqloss(
     bundle: Path, precision: Precision, size: MemorySize, threads: int
 ) -> MemoryResult | None:
     """One batch through the engine; None where the system does not count memory."""
-    engine = load_engine(open_bundle(bundle), "cpu", precision=precision, torch_threads=threads)
+    engine = load_engine(open_bundle(bundle), "cpu", precision=precision, threads=threads)
     start = size.vocabulary - 1
 
     def score(pairs: Pairs) -> None:

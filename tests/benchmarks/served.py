@@ -19,7 +19,7 @@ class ServedBundle:
     """`seqloss serve` with one bundle, ready; a process of its own on a port of its own."""
 
     def __init__(self, bundle: Path, precision: str, threads: int, device: str = "cpu") -> None:
-        os.environ["SEQLOSS_TORCH_THREADS"] = str(threads)  # the server inherits it
+        os.environ["SEQLOSS_THREADS"] = str(threads)  # the server inherits it
         self._server = Server(f"bench={bundle}", "--device", device, "--precision", precision)
         try:
             with self._server.client() as client:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from seqloss.bundle.manifest import WEIGHTS_NAME
 from seqloss.engines import cpu_linear, torch_engine
 from seqloss.engines.layout import padded
 from seqloss.engines.self_test import self_test_errors
@@ -56,7 +57,7 @@ def test_a_graph_moves_whole_to_another_device(precision: Any, bundle_of: Any) -
     bundle = bundle_of("marian")
     device = torch.device("meta")
     archive = bundle.graph_archive(bundle.manifest.graph("torch", precision))
-    with torch_engine._Weights(bundle, torch.device("cpu")) as weights:
+    with torch_engine._Weights(bundle, bundle.manifest.graphs[0], torch.device("cpu")) as weights:
         weights.get = lambda name, dtype, get=weights.get: get(name, dtype).to(device)
         module = torch_engine._module(archive, weights, device)
     *inputs, _ = (torch.from_numpy(array).to(device) for array in padded(small_batch()))
@@ -97,7 +98,7 @@ def test_devices_that_are_not_there_are_refused(device: str, bundle_of: Any) -> 
 def test_tied_weights_are_stored_and_loaded_once(bundle_of: Any, engine: TorchEngine) -> None:
     manifest = bundle_of("marian").manifest
     assert manifest.weight_aliases
-    stored = load_file(bundle_of("marian").weights_path)
+    stored = load_file(bundle_of("marian").folder / WEIGHTS_NAME)
     assert not set(manifest.weight_aliases) & set(stored)
     state = engine._body.state_dict() | {"output.weight": engine._head._projection.weight}
     tied = [name for name in manifest.weight_aliases if name in state]

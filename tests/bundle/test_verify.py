@@ -82,7 +82,7 @@ def load_once(engines: dict[Any, KeptEngine], monkeypatch: pytest.MonkeyPatch) -
             engines[key] = KeptEngine(TorchEngine(bundle, graph, device))
         return engines[key]
 
-    monkeypatch.setattr(verify, "TorchEngine", load)
+    monkeypatch.setattr(verify, "open_engine", load)
 
 
 @pytest.fixture(scope="module")

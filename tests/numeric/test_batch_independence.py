@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from checkpoints import FAMILIES, VOCABULARY_SIZE
+from conftest import on_every_engine
 from numeric.reference import random_pairs
 
 TOLERANCE = 2e-5
+
+pytestmark = on_every_engine
 
 
 @pytest.fixture(params=FAMILIES)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from conftest import ORACLE
+from conftest import ORACLE, on_every_engine
+
+pytestmark = on_every_engine
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,15 @@ from checkpoints import (
     make_model,
     save_checkpoint,
 )
+from conftest import on_every_engine
 from numeric.reference import random_pairs, reference
+from seqloss.bundle.manifest import EngineName
 from seqloss.bundle.reader import open_bundle
 from seqloss.export.exporter import ExportOptions, export_checkpoint
 
 TOLERANCE = 2e-5
+
+pytestmark = on_every_engine
 
 
 def scored(client: Any, request: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -123,7 +127,9 @@ def test_pad_ids_inside_the_data_are_ids(bundle_of: Any, make_client: Any) -> No
     assert largest_difference(scored(client, request)["token_nlls"], [expected]) <= TOLERANCE
 
 
-def test_separate_vocabularies_and_untied_embeddings(tmp_path: Any, make_client: Any) -> None:
+def test_separate_vocabularies_and_untied_embeddings(
+    tmp_path: Any, make_client: Any, engine_name: EngineName
+) -> None:
     """Marian models exist whose source and target vocabularies differ in size."""
     changes = {
         "vocab_size": 90,
@@ -134,7 +140,7 @@ def test_separate_vocabularies_and_untied_embeddings(tmp_path: Any, make_client:
         "decoder_start_token_id": 80,
     }
     checkpoint = save_checkpoint("marian", tmp_path / "checkpoint", **changes)
-    export_checkpoint(str(checkpoint), tmp_path / "bundle", ExportOptions())
+    export_checkpoint(str(checkpoint), tmp_path / "bundle", ExportOptions(engines=(engine_name,)))
     bundle = open_bundle(tmp_path / "bundle")
     assert (bundle.manifest.vocabulary.source, bundle.manifest.vocabulary.target) == (90, 101)
     model = make_model("marian", **changes)
@@ -149,12 +155,14 @@ def test_separate_vocabularies_and_untied_embeddings(tmp_path: Any, make_client:
     assert refused.status_code == 422
 
 
-def test_excluded_classes_leave_the_softmax(tmp_path: Any, make_client: Any) -> None:
+def test_excluded_classes_leave_the_softmax(
+    tmp_path: Any, make_client: Any, engine_name: EngineName
+) -> None:
     """Other toolkits drop the pad class from Marian's softmax; a bundle can do so too."""
     model = make_model("marian")
     checkpoint = save_checkpoint("marian", tmp_path / "checkpoint")
     pad = model.config.pad_token_id
-    options = ExportOptions(excluded_classes=((pad, pad),))
+    options = ExportOptions(engines=(engine_name,), excluded_classes=((pad, pad),))
     export_checkpoint(str(checkpoint), tmp_path / "bundle", options)
     client = make_client({"without_pad": open_bundle(tmp_path / "bundle")})
     source, target = [3, 4, 5], [6, 7, 8, 0]

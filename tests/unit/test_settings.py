@@ -28,7 +28,7 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("port", "70000"), ("max_batch_tokens", "0"), ("torch_threads", "many"), ("device", "tpu")],
+    [("port", "70000"), ("max_batch_tokens", "0"), ("threads", "many"), ("device", "tpu")],
 )
 def test_a_wrong_value_is_named(name: str, value: str) -> None:
     with pytest.raises(ConfigurationError, match=name):

@@ -15,10 +15,12 @@ SCHEMA_VERSION: Literal[2] = 2
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.safetensors"
 BODY_GRAPH = "body.pt2"
+ONNX_GRAPH = "loss.onnx"
+ONNX_WEIGHTS = "loss.onnx.data"
 TOKENIZER_FOLDER = "tokenizer"
 
-EngineName = Literal["torch"]
-Precision = Literal["float32", "bfloat16", "float16"]
+EngineName = Literal["torch", "onnx"]
+Precision = Literal["float32", "bfloat16", "float16", "int8"]
 
 
 def _safe_path(text: str) -> str:
@@ -94,7 +96,10 @@ class Languages(_Strict):
 
 
 class Graph(_Strict):
-    """One exported graph of the model's body, with the error that losses were measured to have.
+    """One exported graph, with the error that losses were measured to have.
+
+    A Torch graph ends at the hidden states, and takes its weights from the file that all of them
+    share; an ONNX graph has the loss head inside, and a file of weights of its own.
 
     Errors are absolute differences of token nlls, in nats, against transformers in float32 on the
     self-test's pairs.
@@ -107,12 +112,26 @@ class Graph(_Strict):
     """Sources are padded to a multiple of this and, where it is not 1, to two of them at least."""
     folder: SafePath
     exported_with: str
+    opset: PositiveInt | None = None
+    """Of an ONNX graph: the version of the standard operators."""
+    ir_version: PositiveInt | None = None
+    """Of an ONNX graph: the version of the format."""
     max_error: float = Field(ge=0)
     mean_error: float = Field(ge=0)
     tolerance: float = Field(gt=0, le=1)
     """The largest error of a token at which a device may call itself ready."""
     mean_tolerance: float = Field(gt=0, le=1)
     """And the largest mean error, which in 16 bits tells more: it hardly varies."""
+
+    @property
+    def path(self) -> str:
+        """Of the graph itself, inside the bundle."""
+        return f"{self.folder}/{BODY_GRAPH if self.engine == 'torch' else ONNX_GRAPH}"
+
+    @property
+    def weights_path(self) -> str:
+        """Of the weights that it reads, inside the bundle."""
+        return WEIGHTS_NAME if self.engine == "torch" else f"{self.folder}/{ONNX_WEIGHTS}"
 
 
 class SelfTest(_Strict):

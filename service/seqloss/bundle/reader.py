@@ -12,14 +12,14 @@ from pydantic import ValidationError
 
 from seqloss.bundle.graph_archive import checked
 from seqloss.bundle.manifest import (
-    BODY_GRAPH,
     MANIFEST_NAME,
+    ONNX_WEIGHTS,
     SCHEMA_VERSION,
-    WEIGHTS_NAME,
     Graph,
     Manifest,
     sha256_of,
 )
+from seqloss.bundle.onnx_model import check_onnx
 from seqloss.errors import BundleError
 
 _MAX_MANIFEST_BYTES = 64 * 1024 * 1024
@@ -39,25 +39,28 @@ class Bundle:
     manifest: Manifest
     digest: str
 
-    @property
-    def weights_path(self) -> Path:
-        """The safetensors file that all graphs share."""
-        return self.folder / WEIGHTS_NAME
+    def weights_path(self, graph: Graph) -> Path:
+        """The file of the weights that a graph reads."""
+        return self.folder / graph.weights_path
 
     def graph_archive(self, graph: Graph) -> bytes:
         """The program of a graph, read, held against its digest and checked.
 
         Raises:
-            BundleError: the file was changed since the bundle was opened, or could run code.
+            BundleError: the file was changed since the bundle was opened, or could do more than
+                compute losses.
         """
-        path = f"{graph.folder}/{BODY_GRAPH}"
-        content = (self.folder / path).read_bytes()
-        if hashlib.sha256(content).hexdigest() != self.manifest.files[path].sha256:
-            raise BundleError(f"{self.folder / path} changed while it was read")
+        files, path = self.manifest.files, self.folder / graph.path
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != files[graph.path].sha256:
+            raise BundleError(f"{path} changed while it was read")
         try:
-            return checked(content)
+            if graph.engine == "torch":
+                return checked(content)
+            check_onnx(content, ONNX_WEIGHTS, files[graph.weights_path].num_bytes)
         except BundleError as error:
-            raise BundleError(f"{self.folder / path}: {error.detail}", error.faults) from error
+            raise BundleError(f"{path}: {error.detail}", error.faults) from error
+        return content
 
 
 def open_bundle(folder: Path) -> Bundle:
@@ -108,10 +111,10 @@ def _parse(folder: Path, content: bytes) -> Manifest:
 
 def _layout_faults(manifest: Manifest) -> list[str]:
     """What the manifest must say for the rest of the program to take it at its word."""
-    graphs = [f"{graph.folder}/{BODY_GRAPH}" for graph in manifest.graphs]
-    faults = [
-        f"{name} is not listed" for name in (WEIGHTS_NAME, *graphs) if name not in manifest.files
-    ]
+    needed = dict.fromkeys(
+        name for graph in manifest.graphs for name in (graph.weights_path, graph.path)
+    )
+    faults = [f"{name} is not listed" for name in needed if name not in manifest.files]
     vocabulary = manifest.vocabulary
     if any(
         first > last or last >= vocabulary.classes for first, last in vocabulary.excluded_classes

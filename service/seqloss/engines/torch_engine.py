@@ -144,7 +144,7 @@ def _load(
     token_block, vocabulary_block = _BLOCKS.get(device.type, _BLOCKS["cpu"])
     linear = matmul
     try:
-        with _Weights(bundle, device) as weights:
+        with _Weights(bundle, graph, device) as weights:
             body = _module(bundle.graph_archive(graph), weights, device)
             dtype = getattr(torch, graph.precision)
             # Where the embeddings are the same matrix it is here in float32 already.
@@ -180,8 +180,8 @@ def _load(
 class _Weights(AbstractContextManager["_Weights"]):
     """A bundle's weights in the dtypes that graphs ask for, each cast once and shared."""
 
-    def __init__(self, bundle: Bundle, device: torch.device) -> None:
-        self._file: Any = safe_open(bundle.weights_path, framework="pt", device=str(device))
+    def __init__(self, bundle: Bundle, graph: Graph, device: torch.device) -> None:
+        self._file: Any = safe_open(bundle.weights_path(graph), framework="pt", device=str(device))
         self._aliases = bundle.manifest.weight_aliases
         self._made: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from seqloss import __version__
 from seqloss.bundle.manifest import (
-    BODY_GRAPH,
     SCHEMA_VERSION,
     TOKENIZER_FOLDER,
     WEIGHTS_NAME,
@@ -29,11 +28,12 @@ from seqloss.bundle.manifest import (
 )
 from seqloss.bundle.reader import open_bundle
 from seqloss.bundle.writer import new_bundle, refuse_unless_free, seal
+from seqloss.engines.loader import open_engine
 from seqloss.engines.self_test import require_limits, self_test_errors
-from seqloss.engines.torch_engine import TorchEngine
 from seqloss.errors import CheckpointError
 from seqloss.export.graph import Body, capture, distinct, embeddings_of, projection_of, softcap_of
 from seqloss.export.huggingface import LoadedCheckpoint, load_checkpoint
+from seqloss.export.onnx_graph import write_onnx
 from seqloss.export.precision import lowered
 from seqloss.export.reference import make_self_test
 
@@ -59,6 +59,17 @@ _BOUNDS: dict[Precision, _Bounds] = {
     "float32": _Bounds(refused=1e-3, least_tolerance=2e-5),
     "bfloat16": _Bounds(refused=1.0, least_tolerance=0.1),
     "float16": _Bounds(refused=1.0, least_tolerance=0.02),
+    "int8": _Bounds(refused=1.0, least_tolerance=0.1),
+}
+
+# What each engine's graphs may be in; the first are exported unless something else is asked for.
+_PRECISIONS: dict[EngineName, tuple[Precision, ...]] = {
+    "torch": ("float32", "bfloat16", "float16"),
+    "onnx": ("float32", "int8", "bfloat16", "float16"),
+}
+_DEFAULT_PRECISIONS: dict[EngineName, tuple[Precision, ...]] = {
+    "torch": ("float32", "bfloat16"),
+    "onnx": ("float32",),
 }
 
 
@@ -67,20 +78,42 @@ class ExportOptions:
     """What to export, and how.
 
     Attributes:
-        engine: whose graphs.
-        precisions: of the graphs' arithmetic, one graph each.
+        engines: whose graphs; the first one is preferred by whoever serves the bundle.
+        precisions: of the graphs' arithmetic, one graph each, of each engine that has them; None
+            for what each engine is best at.
         excluded_classes: first and last of ranges of classes to keep out of the softmax.
         decoder_start: instead of the configuration's decoder_start_token_id.
         unsafe_float16: whether float16 is allowed for families that are known to overflow in it.
         force: whether a bundle at the output is replaced.
     """
 
-    engine: EngineName = "torch"
-    precisions: tuple[Precision, ...] = ("float32",)
+    engines: tuple[EngineName, ...] = ("torch",)
+    precisions: tuple[Precision, ...] | None = ("float32",)
     excluded_classes: tuple[tuple[int, int], ...] = ()
     decoder_start: int | None = None
     unsafe_float16: bool = False
     force: bool = False
+
+    @property
+    def graphs(self) -> list[tuple[EngineName, Precision]]:
+        """All of them, in order.
+
+        Raises:
+            CheckpointError: no engine has a precision that is asked for.
+        """
+        for precision in self.precisions or ():
+            if not any(precision in _PRECISIONS[engine] for engine in self.engines):
+                having = " or ".join(name for name, has in _PRECISIONS.items() if precision in has)
+                raise CheckpointError(
+                    f"{' and '.join(self.engines)} graphs do not come in {precision}; use --engine "
+                    f"{having}, or another --precision"
+                )
+        return [
+            (engine, precision)
+            for engine in self.engines
+            for precision in self.precisions or _DEFAULT_PRECISIONS[engine]
+            if precision in _PRECISIONS[engine]
+        ]
 
 
 def export_checkpoint(name: str, output: Path, options: ExportOptions) -> Manifest:
@@ -113,7 +146,8 @@ def export_checkpoint(name: str, output: Path, options: ExportOptions) -> Manife
 
 
 def _refuse_overflow(checkpoint: LoadedCheckpoint, options: ExportOptions) -> None:
-    unsafe = "float16" in options.precisions and not checkpoint.family.safe_in_float16
+    precisions = {precision for _, precision in options.graphs}
+    unsafe = "float16" in precisions and not checkpoint.family.safe_in_float16
     if unsafe and not options.unsafe_float16:
         raise CheckpointError(
             f"{checkpoint.family.name} is known to overflow in float16, which ends at 65,504: use "
@@ -148,10 +182,11 @@ def _vocabulary(checkpoint: LoadedCheckpoint, options: ExportOptions) -> Vocabul
 def _write_graphs(
     folder: Path, checkpoint: LoadedCheckpoint, vocabulary: Vocabulary, options: ExportOptions
 ) -> tuple[list[Graph], dict[str, str]]:
-    """Writes the graphs and the weights that they share; returns the weights' aliases."""
-    multiple = checkpoint.family.source_multiple(checkpoint.model.config)
+    """Writes the graphs and their weights; returns the aliases of those that Torch graphs share."""
     excluded = [int(index) for index in np.flatnonzero(vocabulary.excluded)]
     projection = projection_of(checkpoint.model, excluded)
+    body = Body(checkpoint.model)
+    originals = body.state_dict()
     state: dict[str, Tensor] = {
         "output.weight": projection.weight,
         "output.bias": projection.bias,
@@ -159,33 +194,46 @@ def _write_graphs(
         "output.mean_bias": projection.mean_bias,
     }
     graphs = []
-    for precision in options.precisions:
-        graph = Graph(
-            engine=options.engine,
-            precision=precision,
-            layout="padded",
-            source_multiple=multiple,
-            folder=f"graphs/{options.engine}-{precision}",
-            exported_with=f"torch {torch.__version__}",
-            max_error=0.0,
-            mean_error=0.0,
-            tolerance=1.0,
-            mean_tolerance=1.0,
-        )
-        (folder / graph.folder).mkdir(parents=True)
-        body = Body(checkpoint.model)
-        originals = body.state_dict()
-        with lowered(body, getattr(torch, precision), widen=checkpoint.family.widens):
-            captured = capture(body, multiple)
-        (folder / graph.folder / BODY_GRAPH).write_bytes(captured.archive)
-        # Weights of every precision are cast from the checkpoint's own when they are loaded.
-        state |= {key: originals.get(key, made) for key, made in captured.state.items()}
+    for engine, precision in options.graphs:
+        graph = _new_graph(checkpoint, engine, precision)
+        place = folder / graph.folder
+        place.mkdir(parents=True)
+        # int8 graphs are made of float32 ones.
+        dtype = getattr(torch, precision) if precision != "int8" else torch.float32
+        with lowered(body, dtype, widen=checkpoint.family.widens):
+            if engine == "onnx":
+                written = write_onnx(place, body, projection, precision, graph.source_multiple)
+                graph = graph.model_copy(update=asdict(written))
+            else:
+                captured = capture(body, graph.source_multiple)
+                (folder / graph.path).write_bytes(captured.archive)
+                # Weights of every precision are cast from the checkpoint's own when they are
+                # loaded.
+                state |= {key: originals.get(key, made) for key, made in captured.state.items()}
         graphs.append(graph)
+    if "torch" not in options.engines:
+        return graphs, {}
     stored, aliases = distinct(state)
     save_file(stored, folder / WEIGHTS_NAME)
     # safetensors makes it private; whoever may read the bundle may read all of it.
     (folder / WEIGHTS_NAME).chmod(0o644)
     return graphs, aliases
+
+
+def _new_graph(checkpoint: LoadedCheckpoint, engine: EngineName, precision: Precision) -> Graph:
+    """One whose errors were not measured yet."""
+    return Graph(
+        engine=engine,
+        precision=precision,
+        layout="padded",
+        source_multiple=checkpoint.family.source_multiple(checkpoint.model.config),
+        folder=f"graphs/{engine}-{precision}",
+        exported_with=f"torch {torch.__version__}",
+        max_error=0.0,
+        mean_error=0.0,
+        tolerance=1.0,
+        mean_tolerance=1.0,
+    )
 
 
 def _copy_tokenizer(folder: Path, checkpoint: LoadedCheckpoint) -> None:
@@ -225,7 +273,7 @@ def _manifest(
 def _measured(folder: Path, graph: Graph) -> Graph:
     """The graph with the error that the written bundle, opened again, has on this CPU."""
     bundle = open_bundle(folder)
-    engine = TorchEngine(bundle, graph, "cpu")
+    engine = open_engine(bundle, graph, "cpu")
     require_limits(engine, bundle.manifest)
     errors = self_test_errors(engine, bundle.manifest)
     engine.close()

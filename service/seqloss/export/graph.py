@@ -123,16 +123,7 @@ def capture(body: Body, source_multiple: int = 1) -> Captured:
         CheckpointError: a size that must be free was fixed by the model's code, or the graph uses
             an operator that bundles may not.
     """
-    one_hot = patch.object(torch.nn.functional, "one_hot", _one_hot)
-    with warnings.catch_warnings(), torch.no_grad(), one_hot:
-        warnings.simplefilter("ignore")
-        program = torch.export.export(
-            body.eval(),
-            _example_inputs(source_multiple),
-            dynamic_shapes=_DYNAMIC_SHAPES,
-            strict=False,
-        )
-    _refuse_fixed_sizes(program)
+    program = traced(body, source_multiple)
     state = _state(program)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -143,6 +134,32 @@ def capture(body: Body, source_multiple: int = 1) -> Captured:
             "the model's graph holds what bundles may not (see seqloss/bundle/graph_policy.py)",
             error.faults,
         ) from error
+
+
+def traced(
+    module: nn.Module, source_multiple: int = 1, *, with_head: bool = False
+) -> ExportedProgram:
+    """The module as a program of operators, with all sizes free.
+
+    Args:
+        module: takes what `Body` takes.
+        source_multiple: source lengths are multiples of this, and at least two of them.
+        with_head: whether it takes labels, and where all terms are wanted, too.
+
+    Raises:
+        CheckpointError: a size that must be free was fixed by the model's code.
+    """
+    one_hot = patch.object(torch.nn.functional, "one_hot", _one_hot)
+    with warnings.catch_warnings(), torch.no_grad(), one_hot:
+        warnings.simplefilter("ignore")
+        program = torch.export.export(
+            module.eval(),
+            (*_example_inputs(source_multiple), *(_EXAMPLE_LABELS if with_head else ())),
+            dynamic_shapes=(*_DYNAMIC_SHAPES, *([{0: Dim.AUTO}] * (2 if with_head else 0))),
+            strict=False,
+        )
+    _refuse_fixed_sizes(program)
+    return program
 
 
 def _one_hot(ids: Tensor, num_classes: int) -> Tensor:
@@ -231,6 +248,10 @@ def softcap_of(model: Any) -> float | None:
         model.config.get_text_config(True), "final_logit_softcapping", None
     )
     return softcap
+
+
+# What a head takes beside: labels of the tokens, and of which ones all terms are wanted.
+_EXAMPLE_LABELS = (torch.zeros(11, dtype=torch.int64), torch.arange(9))
 
 
 def _example_inputs(source_multiple: int) -> tuple[Tensor, ...]:

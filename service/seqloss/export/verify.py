@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from seqloss.bundle.manifest import Graph, Manifest, Precision
 from seqloss.bundle.reader import Bundle
 from seqloss.engines.base import Engine
+from seqloss.engines.loader import open_engine
 from seqloss.engines.self_test import token_nlls
-from seqloss.engines.torch_engine import TorchEngine
 from seqloss.errors import CheckpointError
 from seqloss.export.graph import embeddings_of
 from seqloss.export.huggingface import LoadedCheckpoint, load_checkpoint
@@ -171,7 +171,7 @@ def verify_bundle(bundle: Bundle, checkpoint_name: str, options: VerifyOptions) 
     comparisons = []
     device = ""
     for graph in manifest.graphs:
-        engine = TorchEngine(bundle, graph, options.device)
+        engine = open_engine(bundle, graph, options.device)
         device = engine.info.device
         comparisons += [_compare(engine, graph, manifest, pairs) for pairs in kinds]
         engine.close()

@@ -26,9 +26,7 @@ def make(setup: Setup, precision: str) -> Scorer:
 
 class _InProcess:
     def __init__(self, setup: Setup, precision: str) -> None:
-        self._settings = load_settings(
-            device="cpu", precision=precision, torch_threads=setup.threads
-        )
+        self._settings = load_settings(device="cpu", precision=precision, threads=setup.threads)
         self._device_thread, self._host_thread = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._runner = asyncio.Runner()
         self._runtime = LossRuntime(
