@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from seqloss import __version__
-from seqloss.bundle.manifest import EngineName, Precision
+from seqloss.bundle.manifest import EngineName, Manifest, Precision
 from seqloss.errors import ConfigurationError, SeqlossError
 from seqloss.settings import Settings, load_settings
 
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="answer POST /loss for one or more bundles"))
     _add_export(commands.add_parser("export", help="make a bundle of a Hugging Face checkpoint"))
+    _add_import(commands.add_parser("import-onnx", help="make a bundle of an ONNX encoder-decoder"))
     _add_verify(commands.add_parser("verify", help="hold a bundle against a checkpoint"))
     _add_inspect(commands.add_parser("inspect", help="say what is in a bundle"))
     return parser
@@ -93,6 +94,27 @@ def _add_export(export: argparse.ArgumentParser) -> None:
         "torch, float32 for onnx)",
     )
     export.add_argument(
+        "--unsafe-float16",
+        action="store_true",
+        help="allow float16 for families that are known to overflow in it",
+    )
+    _add_what_bundles_say(export)
+    export.set_defaults(run=_export)
+
+
+def _add_import(import_: argparse.ArgumentParser) -> None:
+    import_.add_argument(
+        "folder",
+        type=Path,
+        help="holds encoder_model.onnx, decoder_model.onnx and config.json, as Optimum writes them",
+    )
+    import_.add_argument("--output", type=Path, required=True, help="the bundle's folder")
+    _add_what_bundles_say(import_)
+    import_.set_defaults(run=_import)
+
+
+def _add_what_bundles_say(making: argparse.ArgumentParser) -> None:
+    making.add_argument(
         "--exclude-classes",
         type=_range,
         nargs="+",
@@ -100,19 +122,13 @@ def _add_export(export: argparse.ArgumentParser) -> None:
         metavar="FIRST[-LAST]",
         help="classes to keep out of the softmax, such as ids that are sources only",
     )
-    export.add_argument(
+    making.add_argument(
         "--decoder-start-token-id",
         type=int,
         metavar="ID",
-        help="what the decoder is fed first (default: as the checkpoint says)",
+        help="what the decoder is fed first (default: as the configuration says)",
     )
-    export.add_argument(
-        "--unsafe-float16",
-        action="store_true",
-        help="allow float16 for families that are known to overflow in it",
-    )
-    export.add_argument("--force", action="store_true", help="replace a bundle at the output")
-    export.set_defaults(run=_export)
+    making.add_argument("--force", action="store_true", help="replace a bundle at the output")
 
 
 def _add_verify(verify: argparse.ArgumentParser) -> None:
@@ -210,14 +226,35 @@ def _export(options: argparse.Namespace) -> int:
             force=options.force,
         ),
     )
-    print(f"{options.output}: {manifest.family}; nats per token from transformers in float32:")
+    _print_errors(options.output, manifest)
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    with _needs_export_extra():
+        from seqloss.export.importer import ImportOptions, import_onnx
+
+    manifest = import_onnx(
+        options.folder,
+        options.output,
+        ImportOptions(
+            excluded_classes=tuple(options.exclude_classes),
+            decoder_start=options.decoder_start_token_id,
+            force=options.force,
+        ),
+    )
+    _print_errors(options.output, manifest)
+    return 0
+
+
+def _print_errors(output: Path, manifest: Manifest) -> None:
+    print(f"{output}: {manifest.family}; nats per token from {manifest.self_test.described}:")
     for graph in manifest.graphs:
         print(
             f"  {graph.engine} in {graph.precision}: at most {graph.max_error:.1e}, "
             f"{graph.mean_error:.1e} on average"
         )
-    print(f"serve it: seqloss serve {options.output}")
-    return 0
+    print(f"serve it: seqloss serve {output}")
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from seqloss.batching.warm_up import warm_up
 from seqloss.bundle.manifest import EngineName, Precision
 from seqloss.bundle.reader import Bundle
 from seqloss.checking.check import Checked, check
-from seqloss.engines.base import Engine
+from seqloss.engines.base import Engine, EngineInfo
 from seqloss.engines.loader import load_engine
 from seqloss.errors import (
     EngineDeadError,
@@ -35,12 +36,18 @@ from seqloss.metrics import ModelMetrics
 from seqloss.records import Int64Array, LengthLimits, Priority, RequestArrays, Scores
 from seqloss.settings import Settings
 
+_LOG = logging.getLogger(__name__)
+
 State = Literal["loading", "ready", "draining", "failed"]
 _Arguments = TypeVarTuple("_Arguments")
 _Result = TypeVar("_Result")
 
 # Checking and reducing take some 20 ns a token or row: at most a millisecond on the event loop.
 _ON_LOOP_SIZE = 50_000
+
+# What exists at once of a batch's logits: see `seqloss.export.onnx_merge`.
+_LOGITS_COPIES = 4
+_LOGIT_BYTES = 4
 
 LoadEngine = Callable[
     [Bundle, str, Precision | Literal["auto"], int | None, EngineName | Literal["auto"]], Engine
@@ -177,13 +184,14 @@ class LossRuntime:
 
     def _warm_up(self, engine: Engine) -> tuple[int, CostModel]:
         settings = self._settings
+        tokens = token_budget(engine.info, self.bundle, settings)
         if not settings.warm_up:
-            return settings.max_batch_tokens, CostModel()
+            return tokens, CostModel()
         return warm_up(
             engine,
             self.bundle.manifest,
             self.limits,
-            settings.max_batch_tokens,
+            tokens,
             settings.max_batch_pairs,
         )
 
@@ -322,6 +330,24 @@ def length_limits(bundle: Bundle, settings: Settings) -> LengthLimits:
         min(settings.max_source_tokens, manifest.max_source_tokens or settings.max_source_tokens),
         min(settings.max_target_tokens, manifest.max_target_tokens or settings.max_target_tokens),
     )
+
+
+def token_budget(info: EngineInfo, bundle: Bundle, settings: Settings) -> int:
+    """`max_batch_tokens`, or fewer where the logits of so many would be over `max_logits_bytes`."""
+    asked, classes = settings.max_batch_tokens, bundle.manifest.vocabulary.classes
+    # However short its sources are, a batch has no more target tokens than tokens.
+    fitting = max(1, settings.max_logits_bytes // (_LOGITS_COPIES * _LOGIT_BYTES * classes))
+    if not info.makes_logits or fitting >= asked:
+        return asked
+    _LOG.info(
+        "max_batch_tokens is %d for this model, and not %d: its graph makes logits of %d classes, "
+        "and max_logits_bytes is %d",
+        fitting,
+        asked,
+        classes,
+        settings.max_logits_bytes,
+    )
+    return fitting
 
 
 def _size(request: RequestArrays) -> int:

@@ -63,6 +63,13 @@ class Settings(BaseSettings):
     let an interactive request wait less behind a bulk one, and bound the memory of hidden states
     and attention; the loss head's is bounded by itself. A single pair above it goes alone."""
 
+    max_logits_bytes: int = Field(1024**3, ge=1024)
+    """Memory of a batch's logits, for imported ONNX models only: all others hold one block of
+    classes at a time. It lowers `max_batch_tokens` to what fits, at four copies of 4 bytes per
+    class and token: to 2,000 tokens with 32,128 classes, to 260 with 256,206. More lets batches be
+    as large as `max_batch_tokens` says, and on a small device they do not fit; a single pair goes
+    alone whatever it needs, 16 KB per thousand classes and target token."""
+
     max_batch_pairs: int = Field(512, ge=1)
     """Targets of a micro-batch. Bounds the attention of very short pairs."""
 

@@ -16,6 +16,7 @@ from benchmarks.memory import MemorySize
 from benchmarks.models import MODELS
 from benchmarks.results import Results
 from benchmarks.session import Plan, measure
+from seqloss.bundle.manifest import EngineName
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,6 +41,10 @@ def _document(results: Results) -> dict[str, object]:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
+    engines: dict[EngineName, list[str]] = {
+        "torch": options.precisions,
+        "onnx": options.onnx_precisions,
+    }
     memory = MemorySize(options.memory_vocabulary, options.memory_tokens)
     return Plan(
         model=options.model,
@@ -48,7 +53,9 @@ def _plan(options: argparse.Namespace) -> Plan:
         sweep_pairs=options.sweep_pairs,
         rounds=options.rounds,
         threads=options.threads,
-        precisions=tuple(options.precisions),
+        precisions={
+            engine: tuple(precisions) for engine, precisions in engines.items() if precisions
+        },
         variants=tuple(options.variants),
         memory=None if options.no_memory else memory,
         folder=options.folder,
@@ -73,7 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument(
-        "--precisions", nargs="+", default=["float32", "bfloat16"], help="of seqloss's bundle"
+        "--precisions", nargs="*", default=["float32", "bfloat16"], help="of Torch's graphs"
+    )
+    parser.add_argument(
+        "--onnx-precisions", nargs="*", default=["float32", "int8"], help="of ONNX graphs"
     )
     parser.add_argument(
         "--variants",

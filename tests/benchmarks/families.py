@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints import RECIPES, save_checkpoint
-from seqloss.bundle.manifest import Precision
+from seqloss.bundle.manifest import EngineName, Precision
 from seqloss.bundle.reader import open_bundle
 from seqloss.errors import CheckpointError
 from seqloss.export.exporter import ExportOptions, export_checkpoint
@@ -22,10 +22,26 @@ from seqloss.export.verify import Comparison, VerifyOptions, verify_bundle
 
 BEGIN, END = "<!-- families -->\n", "<!-- /families -->\n"
 _HEADING = (
-    "| family | `model_type` | Torch float32 | Torch bfloat16 | Torch float16 |\n"
-    "| --- | --- | --- | --- | --- |"
+    "| family | `model_type` | Torch float32 | Torch bfloat16 | Torch float16 | ONNX float32 | "
+    "ONNX int8 |\n"
+    "| --- | --- | --- | --- | --- | --- | --- |"
 )
 _OVERFLOWS = "overflows"
+
+_Column = tuple[EngineName, Precision]
+_COLUMNS: tuple[_Column, ...] = (
+    ("torch", "float32"),
+    ("torch", "bfloat16"),
+    ("torch", "float16"),
+    ("onnx", "float32"),
+    ("onnx", "int8"),
+)
+# float16 apart: some families are refused in it.
+_EXPORTED: tuple[tuple[EngineName, tuple[Precision, ...]], ...] = (
+    ("torch", ("float32", "bfloat16")),
+    ("torch", ("float16",)),
+    ("onnx", ("float32", "int8")),
+)
 
 
 def main() -> None:
@@ -50,37 +66,36 @@ def _lines() -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             yield _measured(name, Path(folder))
     for model_type, refusal in REFUSED.items():
-        yield f"| {refusal.name} | `{model_type}` | no: {refusal.reason} | no | no |"
+        yield f"| {refusal.name} | `{model_type}` | no: {refusal.reason} | no | no | no | no |"
 
 
 def _measured(name: str, folder: Path) -> str:
     checkpoint = save_checkpoint(name, folder / "checkpoint")
-    export_checkpoint(
-        str(checkpoint),
-        folder / "bundle",
-        ExportOptions(precisions=("float32", "bfloat16")),
-    )
-    cells = _cells(folder / "bundle", checkpoint)
-    try:
-        float16 = folder / "float16"
-        export_checkpoint(str(checkpoint), float16, ExportOptions(precisions=("float16",)))
-        cells |= _cells(float16, checkpoint)
-    except CheckpointError:
-        cells["float16"] = _OVERFLOWS
-    bundle = open_bundle(folder / "bundle")
-    model_type = bundle.manifest.family
+    cells: dict[_Column, str] = {}
+    for engine, precisions in _EXPORTED:
+        bundle = folder / f"{engine}-{precisions[0]}"
+        options = ExportOptions(engines=(engine,), precisions=precisions)
+        try:
+            manifest = export_checkpoint(str(checkpoint), bundle, options)
+        except CheckpointError:
+            if precisions != ("float16",):
+                raise
+            cells[engine, "float16"] = _OVERFLOWS
+            continue
+        cells |= _cells(bundle, checkpoint)
+        model_type = manifest.family
     variant = "" if name == model_type else f" ({name.removeprefix(f'{model_type}-')})"
     return (
-        f"| {FAMILIES[model_type].name}{variant} | `{model_type}` | {cells['float32']} | "
-        f"{cells['bfloat16']} | {cells['float16']} |"
+        f"| {FAMILIES[model_type].name}{variant} | `{model_type}` | "
+        f"{' | '.join(cells[column] for column in _COLUMNS)} |"
     )
 
 
-def _cells(bundle: Path, checkpoint: Path) -> dict[Precision, str]:
+def _cells(bundle: Path, checkpoint: Path) -> dict[_Column, str]:
     verification = verify_bundle(
         open_bundle(bundle), str(checkpoint), VerifyOptions(device="cpu", num_sources=16)
     )
-    return {one.precision: _cell(one) for one in verification.comparisons}
+    return {(one.engine, one.precision): _cell(one) for one in verification.comparisons}
 
 
 def _cell(comparison: Comparison) -> str:

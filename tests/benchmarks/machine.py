@@ -14,7 +14,7 @@ from pathlib import Path
 
 # Instructions that matter to matrix products.
 _FLAGS = re.compile(r"avx2|avx512f|avx512_(bf16|vnni|fp16)|avx_vnni|amx_\w+|asimd|sve2?|bf16|i8mm")
-_PACKAGES = ("seqloss", "torch", "transformers", "ctranslate2", "numpy")
+_PACKAGES = ("seqloss", "torch", "transformers", "onnxruntime", "ctranslate2", "numpy")
 
 
 @dataclass(frozen=True, slots=True)

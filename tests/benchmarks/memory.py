@@ -15,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM
 from benchmarks import resources
 from benchmarks.models import Model, marian
 from benchmarks.pairs import Pairs
+from benchmarks.scoring import ENGINE_WORDS
 from benchmarks.workload import teacher_forced
 from seqloss.bundle.manifest import Precision
 from seqloss.bundle.reader import open_bundle
@@ -88,7 +89,8 @@ def measure_seqloss(
     def score(pairs: Pairs) -> None:
         engine.score(_batch(pairs, start))
 
-    return _measured(f"seqloss {precision}", size, score)
+    name = f"seqloss{ENGINE_WORDS[engine.info.engine]} {precision}"
+    return _measured(name, size, score)
 
 
 def measure_transformers(checkpoint: Path, size: MemorySize, threads: int) -> MemoryResult | None:

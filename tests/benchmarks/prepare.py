@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.models import Model, save_checkpoint
 from benchmarks.processes import in_own_process
 from benchmarks.workload import make_workload
+from seqloss.bundle.manifest import EngineName
 
 
 def checkpoint_of(model: Model, scale: float, folder: Path) -> Path:
@@ -33,9 +34,12 @@ def _save_workload(checkpoint: Path, num_pairs: int, path: Path) -> None:
     make_workload(checkpoint, num_pairs).save(path)
 
 
-def export_bundle(checkpoint: Path, precisions: Sequence[str], folder: Path) -> Path:
+def export_bundle(
+    checkpoint: Path, precisions: Sequence[str], folder: Path, engine: EngineName = "torch"
+) -> Path:
     """A bundle of the checkpoint; always made anew, since the exporter is what is measured."""
-    bundle = folder / "bundle"
-    arguments = [str(checkpoint), "--output", str(bundle), "--precision", *precisions, "--force"]
+    bundle = folder / f"bundle-{engine}"
+    arguments = [str(checkpoint), "--output", str(bundle), "--engine", engine]
+    arguments += ["--precision", *precisions, "--force"]
     subprocess.run([sys.executable, "-m", "seqloss.cli", "export", *arguments], check=True)
     return bundle

@@ -163,12 +163,17 @@ class Results:
     def ratios(self) -> list[Ratio]:
         """Those that people ask for, as far as both sides were measured."""
         pairs = [
+            ("seqloss ONNX int8", "CTranslate2 int8"),
+            ("seqloss ONNX int8", "seqloss bfloat16"),
+            ("seqloss ONNX float32", "CTranslate2 float32"),
+            ("seqloss ONNX float32", "seqloss float32"),
             ("seqloss bfloat16", "CTranslate2 int8"),
             ("seqloss bfloat16", "transformers bfloat16, sorted"),
             ("seqloss bfloat16", "seqloss float32"),
             ("seqloss float32", "CTranslate2 float32"),
             ("seqloss float32", "transformers float32, sorted"),
             ("seqloss float32", "transformers float32, given order"),
+            ("seqloss HTTP ONNX int8", "seqloss ONNX int8"),
             ("seqloss HTTP bfloat16", "seqloss bfloat16"),
             ("seqloss HTTP float32", "seqloss float32"),
         ]

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from benchmarks import resources
 from benchmarks.pairs import Pairs
 from benchmarks.workload import Workload
+from seqloss.bundle.manifest import EngineName
 
 Setting = Mapping[str, int]
 
@@ -26,7 +27,7 @@ class Setup:
 
     Attributes:
         checkpoint: the model for transformers.
-        bundle: the model for seqloss.
+        bundles: the model for seqloss, by engine.
         ctranslate2: where the model for CTranslate2 is, or shall be made.
         workload: a file of pairs.
         threads: for matrix products.
@@ -34,7 +35,7 @@ class Setup:
     """
 
     checkpoint: Path
-    bundle: Path
+    bundles: Mapping[EngineName, Path]
     ctranslate2: Path
     workload: Path
     threads: int
@@ -86,12 +87,24 @@ class Variant:
     without_pad: bool = False
 
 
-def catalogue(precisions: Sequence[str], ctranslate2_drops_pad: bool) -> list[Variant]:
-    """All variants."""
+# In a table Torch's is just seqloss.
+ENGINE_WORDS: dict[EngineName, str] = {"torch": "", "onnx": " ONNX"}
+
+
+def catalogue(
+    precisions: Mapping[EngineName, Sequence[str]], ctranslate2_drops_pad: bool
+) -> list[Variant]:
+    """All variants, given the precisions of seqloss's engines."""
     seqloss = [
-        Variant(f"{name} {precision}", precision, module, {"precision": precision})
+        Variant(
+            f"{name}{ENGINE_WORDS[engine]} {precision}",
+            precision,
+            module,
+            {"engine": engine, "precision": precision},
+        )
         for name, module in (("seqloss", "in_process"), ("seqloss HTTP", "over_http"))
-        for precision in precisions
+        for engine in precisions
+        for precision in precisions[engine]
     ]
     transformers = [
         Variant(

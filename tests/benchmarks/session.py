@@ -23,6 +23,7 @@ from benchmarks.progress import say
 from benchmarks.results import Outcome, Results, WorkloadSummary
 from benchmarks.scoring import ScoringTask, Setup, Variant, catalogue
 from benchmarks.workload import Workload
+from seqloss.bundle.manifest import EngineName
 
 # Threads of the variant before spin a while before they sleep.
 _PAUSE_SECONDS = 0.3
@@ -42,7 +43,7 @@ class Plan:
     sweep_pairs: int
     rounds: int
     threads: int
-    precisions: tuple[str, ...]
+    precisions: dict[EngineName, tuple[str, ...]]
     variants: tuple[str, ...]
     memory: MemorySize | None
     folder: Path
@@ -90,7 +91,10 @@ def _prepared(plan: Plan) -> Setup:
     return Setup(
         checkpoint=checkpoint,
         workload=prepare.workload_of(checkpoint, plan.num_pairs, folder),
-        bundle=prepare.export_bundle(checkpoint, plan.precisions, folder),
+        bundles={
+            engine: prepare.export_bundle(checkpoint, precisions, folder, engine)
+            for engine, precisions in plan.precisions.items()
+        },
         ctranslate2=folder / "ctranslate2",
         threads=plan.threads,
         sweep_pairs=plan.sweep_pairs,
@@ -169,11 +173,13 @@ def _memory(plan: Plan, size: MemorySize) -> list[MemoryResult]:
     folder = plan.folder / f"memory-{size.vocabulary}"
     model = size.model()
     checkpoint = prepare.checkpoint_of(model, model.default_scale(), folder)
-    bundle = prepare.export_bundle(checkpoint, plan.precisions, folder)
-    results = [
-        in_own_process(measure_seqloss, bundle, precision, size, plan.threads)
-        for precision in plan.precisions
-    ]
+    results = []
+    for engine, precisions in plan.precisions.items():
+        bundle = prepare.export_bundle(checkpoint, precisions, folder, engine)
+        results += [
+            in_own_process(measure_seqloss, bundle, precision, size, plan.threads)
+            for precision in precisions
+        ]
     part = size.part(_TRANSFORMERS_PART)
     available = resources.available_bytes()
     if available is None or available > _LOGITS_COPIES * part.logits_bytes:

@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 import torch
 
+from sealing import reseal, text_of
 from seqloss.bundle import reader
 from seqloss.bundle.graph_archive import checked
-from seqloss.bundle.manifest import BODY_GRAPH, MANIFEST_NAME, WEIGHTS_NAME, Manifest
+from seqloss.bundle.manifest import BODY_GRAPH, MANIFEST_NAME, WEIGHTS_NAME
 from seqloss.bundle.reader import Bundle, open_bundle
-from seqloss.bundle.writer import seal
 from seqloss.engines import cpu_linear
 from seqloss.engines.torch_engine import TorchEngine
 from seqloss.errors import BundleError
@@ -74,12 +74,6 @@ def marker(tmp_path: Path) -> Path:
     return tmp_path / "marker"
 
 
-def reseal(folder: Path) -> None:
-    """Has the manifest's digests agree with the files, as whoever makes a bundle can."""
-    manifest = Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
-    seal(folder, lambda files: manifest.model_copy(update={"files": files}))
-
-
 def unpacked(archive: bytes) -> Members:
     with zipfile.ZipFile(io.BytesIO(archive)) as file:
         return {name.partition("/")[2]: file.read(name) for name in file.namelist()}
@@ -100,10 +94,6 @@ def refusal(folder: Path) -> BundleError:
     with pytest.raises(BundleError) as caught:
         TorchEngine(bundle, bundle.manifest.graphs[0], "cpu")
     return caught.value
-
-
-def text_of(error: BundleError) -> str:
-    return "\n".join([error.detail, *map(str, error.faults)])
 
 
 def run_unchecked(archive: bytes) -> None:

@@ -121,9 +121,9 @@ def test_a_bundle_of_the_checkpoint_passes(command: Command, marian: Path) -> No
     assert said.status == 0, said.err
     rows = [row.split() for row in said.out.splitlines()]
     assert rows[0][:2] == ["on", "cpu,"]
-    assert [row[:3] for row in rows[3:]] == [
-        ["float32", "drawn", "12"],
-        ["bfloat16", "drawn", "12"],
+    assert [row[:4] for row in rows[3:]] == [
+        ["torch", "float32", "drawn", "12"],
+        ["torch", "bfloat16", "drawn", "12"],
     ]
     assert "FAILED" not in said.out
     assert "other weights" not in said.out
@@ -135,10 +135,10 @@ def test_a_bundle_of_the_checkpoint_passes(command: Command, marian: Path) -> No
     assert content["device"] == "cpu"
     assert len(content["comparisons"]) == 2
     for row, comparison in zip(rows[3:], content["comparisons"], strict=True):
-        shown = [comparison[name] for name in ("precision", "pairs", "num_pairs", "num_tokens")]
-        assert row[:4] == [str(value) for value in shown]
-        assert row[4] == f"{comparison['mean_nll']:.3f}"
-        assert [float(number) for number in row[5:]] == pytest.approx(
+        names = ("engine", "precision", "pairs", "num_pairs", "num_tokens")
+        assert row[:5] == [str(comparison[name]) for name in names]
+        assert row[5] == f"{comparison['mean_nll']:.3f}"
+        assert [float(number) for number in row[6:]] == pytest.approx(
             [
                 comparison[f"{kind}_{what}_error"]
                 for what in ("token", "pair")
@@ -258,6 +258,7 @@ def test_a_file_that_cannot_be_read_is_refused(
 
 def comparison(**changes: Any) -> Comparison:
     fields: dict[str, Any] = {
+        "engine": "torch",
         "precision": "float32",
         "pairs": "drawn",
         "num_pairs": 1,

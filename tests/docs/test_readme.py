@@ -122,15 +122,20 @@ def test_the_table_of_models_names_every_family() -> None:
 
 def test_commands_on_bundles_work_as_shown(tmp_path: Path, serve: Callable[..., Server]) -> None:
     seqloss = [sys.executable, "-m", "seqloss.cli"]
-    for program in ("seqloss export", "seqloss inspect", "seqloss verify"):
-        (command,) = commands(program)
-        _, *arguments = shlex.split(command.replace("build/my-bundle", str(tmp_path / "bundle")))
+    programs = ("seqloss export", "seqloss inspect", "seqloss verify")
+    for command in (command for program in programs for command in commands(program)):
+        _, *arguments = shlex.split(command.replace("build/", f"{tmp_path}/"))
         subprocess.run([*seqloss, *arguments], check=True, cwd=ROOT, capture_output=True)
-    (command,) = commands("seqloss serve")
-    command = command.replace("build/my-bundle", str(tmp_path / "bundle"))
-    named = shlex.split(command)[2]
-    with serve(named).client() as client:
-        assert [model["name"] for model in client.get("/models").json()["models"]] == ["mine"]
+    engines = []
+    for command in commands("seqloss serve"):
+        _, _, *arguments = shlex.split(command.replace("build/", f"{tmp_path}/"))
+        place = arguments.index("--port")
+        with serve(*arguments[:place], *arguments[place + 2 :]).client() as client:
+            (model,) = client.get("/models").json()["models"]
+            assert model["name"] == "mine"
+            engines.append((model["engine"], model["precision"]))
+    assert [engine for engine, _ in engines] == ["torch", "onnx"]
+    assert engines[1] == ("onnx", "int8")
 
 
 def test_links_lead_somewhere() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import shutil
 import signal
 import socket
@@ -14,6 +16,7 @@ import httpx
 import pytest
 
 from seqloss.bundle.manifest import MANIFEST_NAME
+from seqloss.http.server import _listen
 from server import Server
 
 Serve = Callable[..., Server]
@@ -30,6 +33,27 @@ def test_a_bundle_is_served_until_sigterm(serve: Serve, bundle_of: Any) -> None:
         assert "seqloss_ready" in client.get("/metrics").text
     server.process.send_signal(signal.SIGTERM)
     assert server.exit_status() in (0, -signal.SIGTERM)
+
+
+def test_replies_do_not_wait_for_acknowledgements() -> None:
+    """With Nagle's algorithm a reply's last packet came 40 ms after the others."""
+
+    async def accepted() -> int:
+        connected = asyncio.get_running_loop().create_future()
+
+        def connect(_: object, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            connected.set_result(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with contextlib.closing(_listen("127.0.0.1", 0)) as listener:
+            async with await asyncio.start_server(connect, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                option = await connected
+                writer.close()
+        return int(option)
+
+    assert asyncio.run(accepted())
 
 
 def large_request(num_pairs: int) -> dict[str, Any]:

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqloss.loss.head import LossHead, output_projection
+from seqloss.loss.graph_head import GraphHead
+from seqloss.loss.head import LossHead, OutputProjection, output_projection
 
 TOLERANCE = 2e-5
+
+
+def by_loss_head(
+    projection: OutputProjection, hidden: Tensor, labels: Tensor, **blocks: int
+) -> Any:
+    head = LossHead(projection, **blocks)
+    return head.terms(hidden, labels, with_ranks_and_entropies=True)
+
+
+def by_graph_head(
+    projection: OutputProjection,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    vocabulary_block: int = 1022,
+    **_: int,
+) -> Any:
+    head = GraphHead(projection, projection.weight.dtype, columns=vocabulary_block + 2)
+    return head(hidden, labels, torch.arange(len(labels)))
+
+
+# What Torch runs, and what graphs for other runtimes have inside.
+every_head = pytest.mark.parametrize("head", [by_loss_head, by_graph_head])
 
 
 def naive_terms(
@@ -49,6 +75,7 @@ def random_head(vocabulary: int, tokens: int, scale: float = 1.0) -> tuple[Tenso
     return hidden, weight, bias, labels
 
 
+@every_head
 @pytest.mark.parametrize(
     ("vocabulary", "tokens", "vocabulary_block", "token_block"),
     [
@@ -62,15 +89,17 @@ def random_head(vocabulary: int, tokens: int, scale: float = 1.0) -> tuple[Tenso
 )
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 def test_terms_are_those_of_the_full_logits(
-    vocabulary: int, tokens: int, vocabulary_block: int, token_block: int, scale: float
+    vocabulary: int, tokens: int, vocabulary_block: int, token_block: int, scale: float, head: Any
 ) -> None:
     hidden, weight, bias, labels = random_head(vocabulary, tokens, scale)
     expected = naive_terms(hidden, weight, bias, labels, [])
-    target_logprob, mean_logprob, rank, entropy = LossHead(
+    target_logprob, mean_logprob, rank, entropy = head(
         output_projection(weight, bias, []),
+        hidden,
+        labels,
         vocabulary_block=vocabulary_block,
         token_block=token_block,
-    ).terms(hidden, labels, with_ranks_and_entropies=True)
+    )
     tolerance = TOLERANCE * max(1.0, scale)
     assert (target_logprob - expected["target_logprob"]).abs().max() <= tolerance
     assert (mean_logprob - expected["mean_logprob"]).abs().max() <= tolerance
@@ -80,14 +109,15 @@ def test_terms_are_those_of_the_full_logits(
     assert target_logprob.dtype == mean_logprob.dtype == entropy.dtype == torch.float32
 
 
-def test_excluded_classes_leave_the_softmax_the_mean_and_the_ranks() -> None:
+@every_head
+def test_excluded_classes_leave_the_softmax_the_mean_and_the_ranks(head: Any) -> None:
     hidden, weight, bias, _ = random_head(60, 25)
     excluded = [*range(40, 60), 7]
     labels = torch.arange(25) + 8
     expected = naive_terms(hidden, weight, bias, labels, excluded)
-    target_logprob, mean_logprob, rank, entropy = LossHead(
-        output_projection(weight, bias, excluded), vocabulary_block=16
-    ).terms(hidden, labels, with_ranks_and_entropies=True)
+    target_logprob, mean_logprob, rank, entropy = head(
+        output_projection(weight, bias, excluded), hidden, labels, vocabulary_block=16
+    )
     assert (target_logprob - expected["target_logprob"]).abs().max() <= TOLERANCE
     assert (mean_logprob - expected["mean_logprob"]).abs().max() <= TOLERANCE
     assert (entropy - expected["entropy"]).abs().max() <= TOLERANCE
@@ -95,11 +125,12 @@ def test_excluded_classes_leave_the_softmax_the_mean_and_the_ranks() -> None:
     assert (rank <= expected["largest_rank"]).all()
 
 
-def test_no_loss_is_negative_however_sure_the_model_is() -> None:
+@every_head
+def test_no_loss_is_negative_however_sure_the_model_is(head: Any) -> None:
     """An exact target logit beside a rounded logsumexp makes such losses negative."""
     hidden, weight, bias, _ = random_head(300, 4000, scale=5.0)
     labels = (hidden @ weight.T + bias).argmax(-1)
-    target_logprob, _ = LossHead(output_projection(weight, bias, [])).terms(hidden, labels)
+    target_logprob, *_ = head(output_projection(weight, bias, []), hidden, labels)
     assert (target_logprob <= 0).all()
     assert (target_logprob > -1e-6).any(), "the test needs tokens near certainty"
 
@@ -114,18 +145,19 @@ def test_a_confident_token_keeps_its_digits() -> None:
     assert target_logprob.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@every_head
 @pytest.mark.parametrize("vocabulary_block", [1000, 64])
 def test_an_entropy_near_zero_keeps_its_digits_when_the_target_is_unlikely(
-    vocabulary_block: int,
+    vocabulary_block: int, head: Any
 ) -> None:
     """The model is sure, and wrong: large terms of both signs would cancel in the entropy."""
     hidden, weight, bias, _ = random_head(1000, 200, scale=2.0)
     logits = hidden.double() @ weight.double().T + bias.double()
     labels = logits.argmin(-1)
     expected = naive_terms(hidden, weight, bias, labels, [])
-    target_logprob, _, _, entropy = LossHead(
-        output_projection(weight, bias, []), vocabulary_block=vocabulary_block
-    ).terms(hidden, labels, with_ranks_and_entropies=True)
+    target_logprob, _, _, entropy = head(
+        output_projection(weight, bias, []), hidden, labels, vocabulary_block=vocabulary_block
+    )
     sure = expected["entropy"] < 0.2
     assert sure.sum() > 10
     assert (target_logprob[sure] < -20).all()
@@ -133,11 +165,12 @@ def test_an_entropy_near_zero_keeps_its_digits_when_the_target_is_unlikely(
     assert (entropy >= 0).all()
 
 
+@every_head
 @pytest.mark.parametrize("excluded", [[], [*range(40, 101), 7]])
 @pytest.mark.parametrize(("vocabulary_block", "token_block"), [(2048, 1024), (10, 8), (1, 37)])
 @pytest.mark.parametrize("softcap", [2.0, 12.0, 1000.0])
 def test_a_softcap_is_that_of_the_full_logits(
-    softcap: float, vocabulary_block: int, token_block: int, excluded: list[int]
+    softcap: float, vocabulary_block: int, token_block: int, excluded: list[int], head: Any
 ) -> None:
     hidden, weight, bias, labels = random_head(101, 37, scale=2.0)
     if excluded:
@@ -146,11 +179,13 @@ def test_a_softcap_is_that_of_the_full_logits(
     uncapped = naive_terms(hidden, weight, bias, labels, excluded)
     difference = (uncapped["target_logprob"] - expected["target_logprob"]).abs().max()
     assert difference > 100 * TOLERANCE, "the test needs logits that the softcap changes"
-    target_logprob, mean_logprob, rank, entropy = LossHead(
+    target_logprob, mean_logprob, rank, entropy = head(
         output_projection(weight, bias, excluded)._replace(softcap=softcap),
+        hidden,
+        labels,
         vocabulary_block=vocabulary_block,
         token_block=token_block,
-    ).terms(hidden, labels, with_ranks_and_entropies=True)
+    )
     tolerance = 2 * TOLERANCE  # as for other logits, by their scale
     assert (target_logprob - expected["target_logprob"]).abs().max() <= tolerance
     assert (mean_logprob - expected["mean_logprob"]).abs().max() <= tolerance

@@ -35,7 +35,7 @@ def _rows(bundle: Bundle) -> Iterator[tuple[str, str]]:
     yield from _limits(manifest)
     for graph in manifest.graphs:
         error = (
-            f"at most {graph.max_error:.1e} nats per token from transformers in float32, "
+            f"at most {graph.max_error:.1e} nats per token from {manifest.self_test.described}, "
             f"{graph.mean_error:.1e} on average; a device may be {graph.tolerance:.1e} off"
         )
         yield f"{graph.engine} {graph.precision}", error

@@ -101,8 +101,7 @@ class Graph(_Strict):
     A Torch graph ends at the hidden states, and takes its weights from the file that all of them
     share; an ONNX graph has the loss head inside, and a file of weights of its own.
 
-    Errors are absolute differences of token nlls, in nats, against transformers in float32 on the
-    self-test's pairs.
+    Errors are absolute differences of token nlls, in nats, against the self-test's.
     """
 
     engine: EngineName
@@ -116,6 +115,9 @@ class Graph(_Strict):
     """Of an ONNX graph: the version of the standard operators."""
     ir_version: PositiveInt | None = None
     """Of an ONNX graph: the version of the format."""
+    makes_logits: bool = False
+    """Whether the logits of a whole batch exist while it runs, so that its memory grows with target
+    tokens times classes; imported graphs make them, exported ones a block of classes at a time."""
     max_error: float = Field(ge=0)
     mean_error: float = Field(ge=0)
     tolerance: float = Field(gt=0, le=1)
@@ -135,12 +137,21 @@ class Graph(_Strict):
 
 
 class SelfTest(_Strict):
-    """Pairs with the token nlls that transformers computes for them in float32, in nats."""
+    """Pairs with their token nlls, in nats, by whatever the bundle was made of, one at a time."""
+
+    reference: Literal["transformers", "imported"] = "transformers"
+    """Whose numbers they are: transformers' in float32, or those of imported ONNX files."""
 
     source_ids: list[list[NonNegativeInt]] = Field(min_length=1)
     source_index: list[NonNegativeInt] = Field(min_length=1)
     target_ids: list[list[NonNegativeInt]] = Field(min_length=1)
     token_nlls: list[list[float]] = Field(min_length=1)
+
+    @property
+    def described(self) -> str:
+        """The reference in words."""
+        is_imported = self.reference == "imported"
+        return "the imported files" if is_imported else "transformers in float32"
 
 
 class File(_Strict):

@@ -20,6 +20,7 @@ class EngineInfo:
         precision: of matrix products.
         version: the runtime's.
         source_multiple: sources are padded to multiples of it; see `bundle.manifest.Graph`.
+        makes_logits: whether memory grows with target tokens times classes; see there too.
     """
 
     engine: EngineName
@@ -27,6 +28,7 @@ class EngineInfo:
     precision: Precision
     version: str
     source_multiple: int = 1
+    makes_logits: bool = False
 
 
 class Engine(Protocol):

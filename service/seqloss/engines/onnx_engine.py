@@ -43,10 +43,7 @@ class OnnxEngine:
             ConfigurationError: there is no such device, or no library for it.
         """
         self._device = device_named(device)
-        if graph.precision == "int8" and self._device != "cpu":
-            raise ConfigurationError(
-                "int8 graphs run on CPUs only; on a GPU use bfloat16 or float16, or --device cpu"
-            )
+        _refuse_precision(graph.precision, self._device)
         self._source_multiple = graph.source_multiple
         self._session = _session(bundle, graph, self._device, threads)
         self._info = EngineInfo(
@@ -55,6 +52,7 @@ class OnnxEngine:
             graph.precision,
             onnxruntime.__version__,
             graph.source_multiple,
+            graph.makes_logits,
         )
 
     @property
@@ -126,6 +124,19 @@ def precisions_by_speed(device: str) -> tuple[Precision, ...]:
     return ("bfloat16", "float16", "float32")
 
 
+def _refuse_precision(precision: Precision, device: str) -> None:
+    """What there are no kernels for would fail with less, or run where nobody asked for it."""
+    if precision == "int8" and device != "cpu":
+        raise ConfigurationError(
+            "ONNX Runtime runs int8 graphs on CPUs only: on a GPU use bfloat16 or float16, or "
+            "--device cpu"
+        )
+    if precision == "bfloat16" and device == "cpu":
+        raise ConfigurationError(
+            "ONNX Runtime has no bfloat16 on CPUs: use float32 or int8, or an NVIDIA GPU"
+        )
+
+
 def _num_gpus() -> int:
     """NVIDIA GPUs by the driver, which every machine with a working one has."""
     try:
@@ -167,10 +178,13 @@ def _session(
             options,
             providers=providers,
             disabled_optimizers=_SLOW_FUSIONS if device == "cpu" else [],
+            enable_fallback=0,  # to the CPU, with a line on stdout
         )
     # Its errors have no common class but this one.
     except Exception as error:
-        raise BundleError(f"{bundle.folder / graph.path} does not load: {error}") from error
+        raise BundleError(
+            f"{bundle.folder / graph.path} does not load on {device}: {error}"
+        ) from error
     _refuse_another_device(session, device)
     _refuse_another_signature(session, bundle, graph)
     return session

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,55 +10,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seqloss import __version__
 from seqloss.bundle.manifest import (
-    SCHEMA_VERSION,
-    TOKENIZER_FOLDER,
     WEIGHTS_NAME,
     Checkpoint,
     EngineName,
-    File,
     Graph,
     Manifest,
     Precision,
-    SelfTest,
-    Vocabulary,
 )
-from seqloss.bundle.reader import open_bundle
-from seqloss.bundle.writer import new_bundle, refuse_unless_free, seal
-from seqloss.engines.loader import open_engine
-from seqloss.engines.self_test import require_limits, self_test_errors
+from seqloss.bundle.writer import refuse_unless_free
 from seqloss.errors import CheckpointError
+from seqloss.export.bundling import Graphs, Origin, vocabulary_of, write_bundle
 from seqloss.export.graph import Body, capture, distinct, embeddings_of, projection_of, softcap_of
 from seqloss.export.huggingface import LoadedCheckpoint, load_checkpoint
 from seqloss.export.onnx_graph import write_onnx
 from seqloss.export.precision import lowered
-from seqloss.export.reference import make_self_test
-
-# A device may be off by a few times what was measured here: it sums in another order.
-_TOLERANCE_FACTOR = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Bounds:
-    """Of errors of token nlls, in nats.
-
-    Attributes:
-        refused: beyond this the graph is not the model.
-        least_tolerance: what a device may always be off by.
-    """
-
-    refused: float
-    least_tolerance: float
-
-
-# In 16 bits a token of a T5 with large logits may be off by tenths of a nat and still be right.
-_BOUNDS: dict[Precision, _Bounds] = {
-    "float32": _Bounds(refused=1e-3, least_tolerance=2e-5),
-    "bfloat16": _Bounds(refused=1.0, least_tolerance=0.1),
-    "float16": _Bounds(refused=1.0, least_tolerance=0.02),
-    "int8": _Bounds(refused=1.0, least_tolerance=0.1),
-}
+from seqloss.export.reference import Reference, make_self_test
 
 # What each engine's graphs may be in; the first are exported unless something else is asked for.
 _PRECISIONS: dict[EngineName, tuple[Precision, ...]] = {
@@ -131,18 +96,34 @@ def export_checkpoint(name: str, output: Path, options: ExportOptions) -> Manife
     refuse_unless_free(output, force=options.force)
     checkpoint = load_checkpoint(name, options.decoder_start)
     _refuse_overflow(checkpoint, options)
-    vocabulary = _vocabulary(checkpoint, options)
-    self_test = make_self_test(checkpoint, vocabulary)
-    with new_bundle(output, force=options.force) as folder:
-        graphs, aliases = _write_graphs(folder, checkpoint, vocabulary, options)
-        _copy_tokenizer(folder, checkpoint)
-
-        def manifest_of(graphs: list[Graph], files: dict[str, File]) -> Manifest:
-            return _manifest(checkpoint, vocabulary, self_test, aliases, graphs, files)
-
-        seal(folder, partial(manifest_of, graphs))
-        measured = [_measured(folder, graph) for graph in graphs]
-        return seal(folder, partial(manifest_of, measured))
+    model, special_ids = checkpoint.model, checkpoint.special_ids
+    vocabulary = vocabulary_of(
+        source=embeddings_of(model.get_encoder()).num_embeddings,
+        target=embeddings_of(model.get_decoder()).num_embeddings,
+        classes=checkpoint.family.output_layer(model).weight.shape[0],
+        excluded=options.excluded_classes,
+        decoder_start=special_ids.decoder_start,
+    )
+    excluded = [int(index) for index in np.flatnonzero(vocabulary.excluded)]
+    origin = Origin(
+        family=checkpoint.model_type,
+        checkpoint=Checkpoint(name=checkpoint.name, digest=checkpoint.digest),
+        vocabulary=vocabulary,
+        special_ids=special_ids,
+        languages=checkpoint.languages,
+        max_positions=checkpoint.max_positions,
+        softcap=softcap_of(model),
+        tokenizer_files=checkpoint.tokenizer_files,
+    )
+    return write_bundle(
+        output,
+        origin,
+        make_self_test(
+            Reference(model, special_ids.decoder_start, excluded), vocabulary, origin.max_positions
+        ),
+        lambda folder: _write_graphs(folder, checkpoint, excluded, options),
+        force=options.force,
+    )
 
 
 def _refuse_overflow(checkpoint: LoadedCheckpoint, options: ExportOptions) -> None:
@@ -155,35 +136,10 @@ def _refuse_overflow(checkpoint: LoadedCheckpoint, options: ExportOptions) -> No
         )
 
 
-def _vocabulary(checkpoint: LoadedCheckpoint, options: ExportOptions) -> Vocabulary:
-    model = checkpoint.model
-    classes = checkpoint.family.output_layer(model).weight.shape[0]
-    for first, last in options.excluded_classes:
-        if not first <= last < classes:
-            raise CheckpointError(
-                f"classes {first}-{last} cannot be excluded: there are {classes}, from 0"
-            )
-    vocabulary = Vocabulary(
-        source=embeddings_of(model.get_encoder()).num_embeddings,
-        target=embeddings_of(model.get_decoder()).num_embeddings,
-        classes=classes,
-        excluded_classes=list(options.excluded_classes),
-    )
-    if checkpoint.special_ids.decoder_start >= vocabulary.target:
-        raise CheckpointError(
-            f"the decoder cannot start with {checkpoint.special_ids.decoder_start}: there are "
-            f"{vocabulary.target} ids, from 0"
-        )
-    if vocabulary.num_classes < 1:
-        raise CheckpointError("every class is excluded, and nothing is left to predict")
-    return vocabulary
-
-
 def _write_graphs(
-    folder: Path, checkpoint: LoadedCheckpoint, vocabulary: Vocabulary, options: ExportOptions
-) -> tuple[list[Graph], dict[str, str]]:
-    """Writes the graphs and their weights; returns the aliases of those that Torch graphs share."""
-    excluded = [int(index) for index in np.flatnonzero(vocabulary.excluded)]
+    folder: Path, checkpoint: LoadedCheckpoint, excluded: list[int], options: ExportOptions
+) -> Graphs:
+    """Writes the graphs and their weights."""
     projection = projection_of(checkpoint.model, excluded)
     body = Body(checkpoint.model)
     originals = body.state_dict()
@@ -212,12 +168,12 @@ def _write_graphs(
                 state |= {key: originals.get(key, made) for key, made in captured.state.items()}
         graphs.append(graph)
     if "torch" not in options.engines:
-        return graphs, {}
+        return Graphs(graphs, {})
     stored, aliases = distinct(state)
     save_file(stored, folder / WEIGHTS_NAME)
     # safetensors makes it private; whoever may read the bundle may read all of it.
     (folder / WEIGHTS_NAME).chmod(0o644)
-    return graphs, aliases
+    return Graphs(graphs, aliases)
 
 
 def _new_graph(checkpoint: LoadedCheckpoint, engine: EngineName, precision: Precision) -> Graph:
@@ -233,63 +189,4 @@ def _new_graph(checkpoint: LoadedCheckpoint, engine: EngineName, precision: Prec
         mean_error=0.0,
         tolerance=1.0,
         mean_tolerance=1.0,
-    )
-
-
-def _copy_tokenizer(folder: Path, checkpoint: LoadedCheckpoint) -> None:
-    if checkpoint.tokenizer_files:
-        (folder / TOKENIZER_FOLDER).mkdir()
-        for path in checkpoint.tokenizer_files:
-            shutil.copyfile(path, folder / TOKENIZER_FOLDER / path.name)
-
-
-def _manifest(
-    checkpoint: LoadedCheckpoint,
-    vocabulary: Vocabulary,
-    self_test: SelfTest,
-    aliases: dict[str, str],
-    graphs: list[Graph],
-    files: dict[str, File],
-) -> Manifest:
-    max_source_tokens, max_target_tokens = checkpoint.max_positions
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        seqloss_version=__version__,
-        family=checkpoint.model_type,
-        checkpoint=Checkpoint(name=checkpoint.name, digest=checkpoint.digest),
-        vocabulary=vocabulary,
-        special_ids=checkpoint.special_ids,
-        languages=checkpoint.languages,
-        max_source_tokens=max_source_tokens,
-        max_target_tokens=max_target_tokens,
-        softcap=softcap_of(checkpoint.model),
-        weight_aliases=aliases,
-        graphs=graphs,
-        self_test=self_test,
-        files=files,
-    )
-
-
-def _measured(folder: Path, graph: Graph) -> Graph:
-    """The graph with the error that the written bundle, opened again, has on this CPU."""
-    bundle = open_bundle(folder)
-    engine = open_engine(bundle, graph, "cpu")
-    require_limits(engine, bundle.manifest)
-    errors = self_test_errors(engine, bundle.manifest)
-    engine.close()
-    largest, mean = float(errors.max()), float(errors.mean())
-    bounds = _BOUNDS[graph.precision]
-    if not largest <= bounds.refused:
-        raise CheckpointError(
-            f"the exported graph in {graph.precision} is off by {largest:.3g} nats per token from "
-            f"transformers, and {bounds.refused:g} is allowed: this family computes something that "
-            "the graph does not"
-        )
-    return graph.model_copy(
-        update={
-            "max_error": largest,
-            "mean_error": mean,
-            "tolerance": min(1.0, max(bounds.least_tolerance, _TOLERANCE_FACTOR * largest)),
-            "mean_tolerance": min(1.0, max(bounds.least_tolerance / 2, _TOLERANCE_FACTOR * mean)),
-        }
     )

@@ -75,8 +75,8 @@ def load_checkpoint(name: str, decoder_start: int | None = None) -> LoadedCheckp
             weights are incomplete; all faults at once.
     """
     folder = _folder(name)
-    config = _config(folder)
-    special_ids, faults = _special_ids(folder, config, decoder_start)
+    config = config_of(folder)
+    special_ids, faults = special_ids_of(folder, config, decoder_start)
     faults = _family_faults(config) + faults
     weight_files = _weight_files(folder)
     if not weight_files:
@@ -87,15 +87,24 @@ def load_checkpoint(name: str, decoder_start: int | None = None) -> LoadedCheckp
         faults += weight_faults
     if faults or model is None or special_ids is None:
         raise CheckpointError(f"{name} cannot be exported", faults)
-    digests = "".join(sha256_of(path) for path in weight_files)
     return LoadedCheckpoint(
         name=name if folder != Path(name) else folder.resolve().name,
-        digest=hashlib.sha256(digests.encode()).hexdigest(),
+        digest=digest_of(weight_files),
         model=model,
         special_ids=special_ids,
         languages=languages_of(folder, config.model_type),
-        tokenizer_files=[path for file in _TOKENIZER_FILES if (path := folder / file).is_file()],
+        tokenizer_files=tokenizer_files_of(folder),
     )
+
+
+def tokenizer_files_of(folder: Path) -> list[Path]:
+    """What a folder has of `tokenizer.json` and its settings."""
+    return [path for file in _TOKENIZER_FILES if (path := folder / file).is_file()]
+
+
+def digest_of(files: list[Path]) -> str:
+    """SHA-256 over the digests of weight files, in the order given."""
+    return hashlib.sha256("".join(sha256_of(path) for path in files).encode()).hexdigest()
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -121,7 +130,12 @@ def _folder(name: str) -> Path:
         ) from error
 
 
-def _config(folder: Path) -> Any:
+def config_of(folder: Path) -> Any:
+    """The configuration of a folder, by transformers.
+
+    Raises:
+        CheckpointError: there is none, or none that it reads.
+    """
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # What is wrong with a configuration surfaces as whatever its class raises.
@@ -184,7 +198,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + more
 
 
-def _special_ids(
+def special_ids_of(
     folder: Path, config: Any, decoder_start: int | None
 ) -> tuple[SpecialIds | None, list[str]]:
     """The ids, or what is missing."""

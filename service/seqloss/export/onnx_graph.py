@@ -87,6 +87,15 @@ def write_onnx(
     model = _converted(traced(module, source_multiple, with_head=True))
     if precision == "int8":
         quantised(model)
+    return saved(folder, model, f"torch {torch.__version__}, onnxscript {onnxscript.__version__}")
+
+
+def saved(folder: Path, model: onnx_ir.Model, exported_with: str) -> Written:
+    """Writes a loss graph and its weights into the folder, which is there.
+
+    Raises:
+        CheckpointError: it holds what bundles may not.
+    """
     path = folder / ONNX_GRAPH
     onnx_ir.save(model, path, external_data=ONNX_WEIGHTS, size_threshold_bytes=_MIN_EXTERNAL_BYTES)
     onnx.checker.check_model(str(path))
@@ -98,8 +107,7 @@ def write_onnx(
             "the model's graph holds what bundles may not (see seqloss/bundle/onnx_model.py)",
             error.faults,
         ) from error
-    versions = f"torch {torch.__version__}, onnxscript {onnxscript.__version__}"
-    return Written(found.opsets[""], found.ir_version, versions)
+    return Written(found.opsets[""], found.ir_version, exported_with)
 
 
 def _converted(program: torch.export.ExportedProgram) -> onnx_ir.Model:
@@ -117,9 +125,11 @@ def _converted(program: torch.export.ExportedProgram) -> onnx_ir.Model:
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise CheckpointError(f"the model cannot be written as ONNX: {error}") from error
-    if converted is None:  # as its type has it
-        raise CheckpointError("the model cannot be written as ONNX")
+        if converted is None:  # as its type has it
+            raise CheckpointError("the model cannot be written as ONNX")
         onnxscript.optimizer.optimize_ir(converted.model)
+    for node in converted.model.graph:
+        node.metadata_props.clear()  # a megabyte of lines of code
     return converted.model
 
 

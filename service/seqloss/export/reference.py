@@ -1,7 +1,8 @@
-"""What transformers says: the numbers that bundles are held against."""
+"""The numbers that bundles are held against: what transformers says."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,21 +13,18 @@ from torch import Tensor
 from seqloss.bundle.manifest import SelfTest, Vocabulary
 from seqloss.export.families import FAMILIES
 from seqloss.export.graph import embeddings_of, ids_or_embeddings
-from seqloss.export.huggingface import LoadedCheckpoint
 
 _SEED = 20260305
 _NUM_SOURCES = 6
 _LONGEST = 16
 
 
-class Reference:
-    """Token nlls by a transformers model alone: float32 logits, float64 from there on."""
+class TokenReference(ABC):
+    """Token nlls of one pair at a time, by a model as it came: float64 from its logits on."""
 
-    def __init__(self, model: Any, decoder_start: int, excluded: Sequence[int]) -> None:
-        self._model = model
+    def __init__(self, decoder_start: int, num_targets: int) -> None:
         self._decoder_start = decoder_start
-        self._excluded = list(excluded)
-        self._num_targets = embeddings_of(model.get_decoder()).num_embeddings
+        self._num_targets = num_targets
 
     def nlls(self, source_ids: list[int], target_ids: list[int]) -> list[float]:
         """Token nlls of one pair, in nats."""
@@ -45,9 +43,21 @@ class Reference:
                 target.append(int(generator.choice(self._num_targets, p=probabilities)))
         return drawn
 
-    @torch.inference_mode()
+    @abstractmethod
     def _logprobs(self, source_ids: list[int], decoder_input_ids: list[list[int]]) -> Tensor:
         """Of several targets of one source. Shape: (B, T, V), float64; -inf where excluded."""
+
+
+class Reference(TokenReference):
+    """By a transformers model alone, in float32."""
+
+    def __init__(self, model: Any, decoder_start: int, excluded: Sequence[int]) -> None:
+        super().__init__(decoder_start, embeddings_of(model.get_decoder()).num_embeddings)
+        self._model = model
+        self._excluded = list(excluded)
+
+    @torch.inference_mode()
+    def _logprobs(self, source_ids: list[int], decoder_input_ids: list[list[int]]) -> Tensor:
         model, embed = self._model, FAMILIES[self._model.config.model_type].embeds_ids
         sources = torch.tensor([source_ids] * len(decoder_input_ids))
         targets = torch.tensor(decoder_input_ids)
@@ -63,17 +73,17 @@ class Reference:
         return torch.log_softmax(logits, -1)
 
 
-def make_self_test(checkpoint: LoadedCheckpoint, vocabulary: Vocabulary) -> SelfTest:
+def make_self_test(
+    reference: TokenReference, vocabulary: Vocabulary, max_positions: tuple[int | None, int | None]
+) -> SelfTest:
     """Random sources, each with a target drawn from the model and a random one.
 
     A drawn target looks to the model as its training data did (confident, small losses); a random
     one is as wrong as can be.  Lengths run from 1 to 16.
     """
     generator = np.random.default_rng(_SEED)
-    longest = min(_LONGEST, *(limit or _LONGEST for limit in checkpoint.max_positions))
-    excluded = [int(index) for index in np.flatnonzero(vocabulary.excluded)]
+    longest = min(_LONGEST, *(limit or _LONGEST for limit in max_positions))
     kept = np.flatnonzero(~vocabulary.excluded[: vocabulary.target])
-    reference = Reference(checkpoint.model, checkpoint.special_ids.decoder_start, excluded)
     sources, source_index, targets = [], [], []
     for source_length in np.linspace(1, longest, _NUM_SOURCES).astype(int):
         source = generator.integers(vocabulary.source, size=source_length).tolist()

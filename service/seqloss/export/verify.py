@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from seqloss.bundle.manifest import Graph, Manifest, Precision
+from seqloss.bundle.manifest import EngineName, Graph, Manifest, Precision
 from seqloss.bundle.reader import Bundle
 from seqloss.engines.base import Engine
 from seqloss.engines.loader import open_engine
@@ -26,7 +26,7 @@ _TARGETS_PER_SOURCE = 4
 _LONGEST = 48
 _PAIRS_PER_BATCH = 32
 _HEADINGS = (
-    f"{'precision':9} {'pairs':6} {'number':>6} {'tokens':>7} {'nll':>7} "
+    f"{'engine':6} {'precision':9} {'pairs':6} {'number':>6} {'tokens':>7} {'nll':>7} "
     f"{'max':>8} {'mean':>8} {'max':>8} {'mean':>8}"
 )
 # More faults than these help nobody.
@@ -62,6 +62,7 @@ class Comparison:
     """A graph against transformers on some pairs; errors are absolute differences, in nats.
 
     Attributes:
+        engine: whose graph it is.
         precision: of the graph.
         pairs: `drawn` from the model, or `given`.
         num_pairs: how many.
@@ -76,6 +77,7 @@ class Comparison:
         tolerance: what `max_token_error` may be.
     """
 
+    engine: EngineName
     precision: Precision
     pairs: str
     num_pairs: int
@@ -124,15 +126,16 @@ class Verification:
         """A table for people."""
         lines = [
             f"on {self.device}, against transformers in float32 on the CPU; in nats",
-            f"{'':31} {'mean':>7} {'token error':>17} {'pair mean error':>17}",
+            f"{'':38} {'mean':>7} {'token error':>17} {'pair mean error':>17}",
             _HEADINGS,
         ]
         for row in self.comparisons:
             fault = "" if row.passed else f"  FAILED: {row.tolerance:.1e} is allowed"
             lines.append(
-                f"{row.precision:9} {row.pairs:6} {row.num_pairs:6} {row.num_tokens:7} "
-                f"{row.mean_nll:7.3f} {row.max_token_error:8.1e} {row.mean_token_error:8.1e} "
-                f"{row.max_pair_error:8.1e} {row.mean_pair_error:8.1e}{fault}"
+                f"{row.engine:6} {row.precision:9} {row.pairs:6} {row.num_pairs:6} "
+                f"{row.num_tokens:7} {row.mean_nll:7.3f} {row.max_token_error:8.1e} "
+                f"{row.mean_token_error:8.1e} {row.max_pair_error:8.1e} "
+                f"{row.mean_pair_error:8.1e}{fault}"
             )
         if not self.same_checkpoint:
             lines.append("the bundle was exported from a checkpoint with other weights")
@@ -269,6 +272,7 @@ def _compare(engine: Engine, graph: Graph, manifest: Manifest, pairs: _Pairs) ->
     token_error = np.abs(scored - expected)
     pair_error = np.abs(np.add.reduceat(scored - expected, begins) / lengths)
     return Comparison(
+        engine=graph.engine,
         precision=graph.precision,
         pairs=pairs.kind,
         num_pairs=len(lengths),

@@ -144,8 +144,8 @@ class GraphBody(BaseModel):
     engine: str
     precision: str
     max_error: float = Field(
-        description="The largest difference of a token's nll from transformers in float32, in "
-        "nats, measured at export."
+        description="The largest difference of a token's nll from transformers in float32, or "
+        "from the ONNX files that were imported, in nats, measured when the bundle was made."
     )
     mean_error: float
 

@@ -107,7 +107,10 @@ def _settle() -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Binds before anything is loaded: an address in use is said at once."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio switches off Nagle's algorithm where a socket says that it is TCP: else the end of a
+    # reply waits for the client's delayed acknowledgement, 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

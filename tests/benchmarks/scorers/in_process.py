@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from benchmarks.pairs import Pairs
 from benchmarks.scoring import Scorer, Setting, Setup, own_pid
 from seqloss.batching.loop import Threads
+from seqloss.bundle.manifest import EngineName
 from seqloss.bundle.reader import open_bundle
 from seqloss.metrics import Metrics
 from seqloss.records import Ragged, RequestArrays
@@ -19,19 +20,19 @@ from seqloss.runtime import LossRuntime, ScoreOptions
 from seqloss.settings import load_settings
 
 
-def make(setup: Setup, precision: str) -> Scorer:
+def make(setup: Setup, engine: EngineName, precision: str) -> Scorer:
     """A runtime that is ready."""
-    return _InProcess(setup, precision)
+    return _InProcess(setup, engine, precision)
 
 
 class _InProcess:
-    def __init__(self, setup: Setup, precision: str) -> None:
+    def __init__(self, setup: Setup, engine: EngineName, precision: str) -> None:
         self._settings = load_settings(device="cpu", precision=precision, threads=setup.threads)
         self._device_thread, self._host_thread = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._runner = asyncio.Runner()
         self._runtime = LossRuntime(
             "bench",
-            open_bundle(setup.bundle),
+            open_bundle(setup.bundles[engine]),
             self._settings,
             Metrics(CollectorRegistry()).model("bench"),
         )

@@ -10,6 +10,7 @@ import orjson
 from benchmarks.pairs import Pairs
 from benchmarks.scoring import Scorer, Setting, Setup
 from benchmarks.served import ServedBundle, loss_body, post_loss
+from seqloss.bundle.manifest import EngineName
 from seqloss.settings import load_settings
 
 _REQUEST_PAIRS = 256
@@ -17,14 +18,14 @@ _REQUEST_PAIRS = 256
 _REQUESTS_AT_ONCE = 4
 
 
-def make(setup: Setup, precision: str) -> Scorer:
+def make(setup: Setup, engine: EngineName, precision: str) -> Scorer:
     """A server that is ready."""
-    return _OverHttp(setup, precision)
+    return _OverHttp(setup, engine, precision)
 
 
 class _OverHttp:
-    def __init__(self, setup: Setup, precision: str) -> None:
-        self._served = ServedBundle(setup.bundle, precision, setup.threads)
+    def __init__(self, setup: Setup, engine: EngineName, precision: str) -> None:
+        self._served = ServedBundle(setup.bundles[engine], precision, setup.threads)
         self._runner = asyncio.Runner()
         self._client = self._served.client()
 
