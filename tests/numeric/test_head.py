@@ -291,3 +291,13 @@ def test_no_logits_matrix_is_ever_held() -> None:
         )
     assert largest.numel <= max(128 * 100, weight.numel(), hidden.numel())
     assert largest.numel < 5000 * 900 / 20
+
+
+@pytest.mark.parametrize(("classes", "columns"), [(101, 1024), (58_101, 1024), (256_206, 2048)])
+def test_a_graph_of_many_classes_has_wider_blocks_and_not_more_of_them(
+    classes: int, columns: int
+) -> None:
+    head = GraphHead(output_projection(torch.zeros(classes, 1), None, []), torch.float32)
+    blocks = [value for name, value in head.named_buffers() if name.startswith("block_")]
+    assert {block.shape for block in blocks} == {(1, columns)}
+    assert len(blocks) == -(-classes // (columns - 2)) <= 128

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from seqloss.loss.head import ABSENT, OutputProjection
 
-# Columns of a block of logits, two of which are no classes.
-_COLUMNS = 1024
+# Columns of a block of logits, two of which are no classes: so few stay in the cache of a CPU.
+_LEAST_COLUMNS = 1024
+# More of them make a graph that takes minutes to export.
+_MOST_BLOCKS = 128
 
 
 class GraphHead(nn.Module):
@@ -33,16 +35,20 @@ class GraphHead(nn.Module):
     mean_bias: Tensor
 
     def __init__(
-        self, projection: OutputProjection, dtype: torch.dtype, columns: int = _COLUMNS
+        self, projection: OutputProjection, dtype: torch.dtype, columns: int | None = None
     ) -> None:
         """Copies the projection into blocks.
 
         Args:
             projection: the output projection.
             dtype: of the products.
-            columns: of a block, two more than it has classes.
+            columns: of a block, two more than it has classes; None for as many as are fast.
         """
         super().__init__()
+        if columns is None:
+            columns = _LEAST_COLUMNS
+            while len(projection.weight) > _MOST_BLOCKS * (columns - 2):
+                columns *= 2
         self._block = columns - 2
         self._dtype = dtype
         self._softcap = projection.softcap
