@@ -205,7 +205,8 @@ def test_auto_takes_the_fastest_precision_that_the_bundle_holds(
 
 
 def test_a_precision_that_the_bundle_has_not_is_refused(bundle_of: Any) -> None:
-    with pytest.raises(ConfigurationError, match="holds float32, bfloat16 for torch, and not float16"):
+    words = "holds float32, bfloat16 for torch, and not float16"
+    with pytest.raises(ConfigurationError, match=words):
         load_engine(bundle_of("marian"), "cpu", "float16")
 
 

@@ -156,6 +156,9 @@ def _session(
     options.log_severity_level = _WARNING
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
+    # As the file has it, block of classes by block: by default all of them are computed before the
+    # first is used up, and a logits matrix is there after all.
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     # The shapes of batches never repeat, and a plan for each would be kept.
     options.enable_mem_pattern = False
     # A server's cores are not its own while it waits.

@@ -61,11 +61,12 @@ def _is_matrix(weight: onnx_ir.Value) -> bool:
 
 
 class _Rows:
-    """Rounds each input once, however many products share it."""
+    """Rounds each input and each weight once, however many products share them."""
 
     def __init__(self, graph: onnx_ir.Graph) -> None:
         self._graph = graph
         self._rounded: dict[onnx_ir.Value, tuple[onnx_ir.Value, ...]] = {}
+        self._weights: dict[onnx_ir.Value, tuple[onnx_ir.Value, ...]] = {}
         self._scale = self._constant("int8.scale", np.array(1 / _LEVELS, np.float32))
         self._zero = self._constant("int8.zero", np.array(_ZERO, np.uint8))
         self._least = self._constant("int8.least", np.array(_LEAST, np.float32))
@@ -78,31 +79,35 @@ class _Rows:
         """What stands in for the node's output."""
         if inputs not in self._rounded:
             self._rounded[inputs] = self._round(inputs)
+        if weight not in self._weights:
+            self._weights[weight] = self._round_weight(weight)
         rounded, width, middle = self._rounded[inputs]
+        integers, steps, sums = self._weights[weight]
+        new = _Nodes()
+        scaled = new.add(
+            "MatMulIntegerToFloat",
+            [rounded, integers, self._scale, steps, self._zero],
+            domain=_CONTRIB,
+        )
+        shift = new.add("Mul", [middle, sums])
+        product = new.add("Add", [new.add("Mul", [scaled, width]), shift])
+        product.shape, product.dtype = node.outputs[0].shape, onnx_ir.DataType.FLOAT
+        self._graph.insert_before(node, new.nodes)
+        return product
+
+    def _round_weight(self, weight: onnx_ir.Value) -> tuple[onnx_ir.Value, ...]:
+        """Bytes, steps and sums of each column. Shapes: (K, N), (N,) and (N,)."""
         assert weight.const_value is not None  # noqa: S101 - it was asked for
         whole: NDArray[Any] = weight.const_value.numpy()
         steps = np.abs(whole).max(axis=0) / _LEVELS
         steps[steps == 0] = 1.0
         integers = np.rint(whole / steps).astype(np.int8)
         sums = integers.sum(axis=0, dtype=np.float64) * steps
-        name = weight.name
-        new = _Nodes()
-        scaled = new.add(
-            "MatMulIntegerToFloat",
-            [
-                rounded,
-                self._constant(f"{name}.int8", integers),
-                self._scale,
-                self._constant(f"{name}.int8.steps", steps.astype(np.float32)),
-                self._zero,
-            ],
-            domain=_CONTRIB,
+        return (
+            self._constant(f"{weight.name}.int8", integers),
+            self._constant(f"{weight.name}.int8.steps", steps.astype(np.float32)),
+            self._constant(f"{weight.name}.int8.sums", sums.astype(np.float32)),
         )
-        shift = new.add("Mul", [middle, self._constant(f"{name}.int8.sums", sums.astype("f4"))])
-        product = new.add("Add", [new.add("Mul", [scaled, width]), shift])
-        product.shape, product.dtype = node.outputs[0].shape, onnx_ir.DataType.FLOAT
-        self._graph.insert_before(node, new.nodes)
-        return product
 
     def _round(self, inputs: onnx_ir.Value) -> tuple[onnx_ir.Value, ...]:
         """Bytes, half-width and middle of each row. Shapes: (..., K), (..., 1) and (..., 1)."""

@@ -154,13 +154,15 @@ def _keep_strides(program: torch.export.ExportedProgram) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of what is missing for models of other kinds."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """The exporter tells of every step, and of what is missing for models of other kinds."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
