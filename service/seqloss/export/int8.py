@@ -65,7 +65,7 @@ class _Rows:
 
     def __init__(self, graph: onnx_ir.Graph) -> None:
         self._graph = graph
-        self._rounded: dict[onnx_ir.Value, tuple[onnx_ir.Value, ...]] = {}
+        self._rounded: dict[tuple[onnx_ir.Value, bool], tuple[onnx_ir.Value, ...]] = {}
         self._weights: dict[onnx_ir.Value, tuple[onnx_ir.Value, ...]] = {}
         self._scale = self._constant("int8.scale", np.array(1 / _LEVELS, np.float32))
         self._zero = self._constant("int8.zero", np.array(_ZERO, np.uint8))
@@ -77,54 +77,74 @@ class _Rows:
         self, inputs: onnx_ir.Value, weight: onnx_ir.Value, node: onnx_ir.Node
     ) -> onnx_ir.Value:
         """What stands in for the node's output."""
-        if inputs not in self._rounded:
-            self._rounded[inputs] = self._round(inputs)
+        # Two more passes over outputs are cheap where they are no wider than the inputs: so it is
+        # behind activations, and a head has outputs of another order of magnitude.
+        assert weight.const_value is not None  # noqa: S101 - it was asked for
+        num_inputs, num_outputs = weight.const_value.numpy().shape
+        has_middle = num_outputs <= num_inputs
+        if (inputs, has_middle) not in self._rounded:
+            self._rounded[inputs, has_middle] = self._round(inputs, has_middle=has_middle)
         if weight not in self._weights:
-            self._weights[weight] = self._round_weight(weight)
-        rounded, width, middle = self._rounded[inputs]
-        integers, steps, sums = self._weights[weight]
+            self._weights[weight] = self._round_weight(weight, has_middle=has_middle)
+        rounded, width, *middle = self._rounded[inputs, has_middle]
+        integers, steps, *sums = self._weights[weight]
         new = _Nodes()
         scaled = new.add(
             "MatMulIntegerToFloat",
             [rounded, integers, self._scale, steps, self._zero],
             domain=_CONTRIB,
         )
-        shift = new.add("Mul", [middle, sums])
-        product = new.add("Add", [new.add("Mul", [scaled, width]), shift])
+        product = new.add("Mul", [scaled, width])
+        if has_middle:
+            product = new.add("Add", [product, new.add("Mul", [*middle, *sums])])
         product.shape, product.dtype = node.outputs[0].shape, onnx_ir.DataType.FLOAT
         self._graph.insert_before(node, new.nodes)
         return product
 
-    def _round_weight(self, weight: onnx_ir.Value) -> tuple[onnx_ir.Value, ...]:
-        """Bytes, steps and sums of each column. Shapes: (K, N), (N,) and (N,)."""
+    def _round_weight(
+        self, weight: onnx_ir.Value, *, has_middle: bool
+    ) -> tuple[onnx_ir.Value, ...]:
+        """Bytes and steps of each column, and its sum where inputs have a middle.
+
+        Shapes: (K, N), (N,) and (N,).
+        """
         assert weight.const_value is not None  # noqa: S101 - it was asked for
         whole: NDArray[Any] = weight.const_value.numpy()
         steps = np.abs(whole).max(axis=0) / _LEVELS
         steps[steps == 0] = 1.0
         integers = np.rint(whole / steps).astype(np.int8)
-        sums = integers.sum(axis=0, dtype=np.float64) * steps
-        return (
-            self._constant(f"{weight.name}.int8", integers),
-            self._constant(f"{weight.name}.int8.steps", steps.astype(np.float32)),
-            self._constant(f"{weight.name}.int8.sums", sums.astype(np.float32)),
+        constants = [("", integers), (".steps", steps.astype(np.float32))]
+        if has_middle:
+            sums = integers.sum(axis=0, dtype=np.float64) * steps
+            constants.append((".sums", sums.astype(np.float32)))
+        return tuple(
+            self._constant(f"{weight.name}.int8{suffix}", array) for suffix, array in constants
         )
 
-    def _round(self, inputs: onnx_ir.Value) -> tuple[onnx_ir.Value, ...]:
-        """Bytes, half-width and middle of each row. Shapes: (..., K), (..., 1) and (..., 1)."""
+    def _round(self, inputs: onnx_ir.Value, *, has_middle: bool) -> tuple[onnx_ir.Value, ...]:
+        """Bytes and half-width of each row, and its middle where that is not 0.
+
+        Shapes: (..., K), (..., 1) and (..., 1).
+        """
         new = _Nodes()
         highest = new.add("ReduceMax", [inputs, self._last], keepdims=1)
         lowest = new.add("ReduceMin", [inputs, self._last], keepdims=1)
-        middle = new.add("Mul", [new.add("Add", [highest, lowest]), self._half])
-        width = new.add("Mul", [new.add("Sub", [highest, lowest]), self._half])
-        width = new.add("Max", [width, self._least])
-        relative = new.add("Div", [new.add("Sub", [inputs, middle]), width])
+        middle: list[onnx_ir.Value] = []
+        if has_middle:
+            middle = [new.add("Mul", [new.add("Add", [highest, lowest]), self._half])]
+            width = new.add("Mul", [new.add("Sub", [highest, lowest]), self._half])
+            width = new.add("Max", [width, self._least])
+            relative = new.add("Div", [new.add("Sub", [inputs, *middle]), width])
+        else:
+            width = new.add("Max", [highest, new.add("Neg", [lowest]), self._least])
+            relative = new.add("Div", [inputs, width])
         rounded = new.add("QuantizeLinear", [relative, self._scale, self._zero])
         producer = inputs.producer()
         if producer is None:
             self._graph.insert_before(self._graph[0], new.nodes)
         else:
             self._graph.insert_after(producer, new.nodes)
-        return rounded, width, middle
+        return rounded, width, *middle
 
     def _constant(self, name: str, array: NDArray[Any]) -> onnx_ir.Value:
         tensor = onnx_ir.Tensor(array, name=name)
