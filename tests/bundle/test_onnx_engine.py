@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,14 @@ def test_terms_are_float32_and_of_the_counted_tokens_alone(engine: OnnxEngine) -
     assert more.entropy is not None
     assert (more.rank.dtype, more.entropy.dtype) == (np.int32, np.float32)
     assert more.rank.shape == more.entropy.shape == (5,)
+
+
+def test_threads_that_wait_for_a_batch_sleep(bundle: Bundle) -> None:
+    engine = OnnxEngine(bundle, bundle.manifest.graph("onnx", "float32"), "cpu", 4)
+    engine.score(small_batch())
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.1
 
 
 def test_the_manifest_says_what_the_file_is(bundle: Bundle) -> None:

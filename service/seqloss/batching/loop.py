@@ -384,7 +384,6 @@ class Batcher:
         started = self._loop.time()
         collated = ready.collated
         try:
-            self._observe(collated.batch, seconds)
             await self._loop.run_in_executor(self._threads.host, collated.scatter, terms)
         except Exception as error:  # whoever waits must hear of it
             _LOG.exception("the results of a batch were lost")
@@ -392,6 +391,7 @@ class Batcher:
             return
         self._count_done(collated.selection, seconds)
         try:
+            self._observe(collated.batch, seconds)
             self._report(ready, seconds, self._loop.time() - started)
         except Exception:  # figures are no reason to keep an answer back
             _LOG.exception("a batch could not be reported")

@@ -161,8 +161,10 @@ def _session(
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     # The shapes of batches never repeat, and a plan for each would be kept.
     options.enable_mem_pattern = False
-    # A server's cores are not its own while it waits.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that wait for the next of a batch's thousand small steps do so awake, which is faster
+    # by a twelfth; a server's cores are not its own between batches, and there they sleep.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.load_model_format", "ONNX")
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path",

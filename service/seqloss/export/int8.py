@@ -30,6 +30,7 @@ _ZERO = 128
 _LEAST = 1e-30
 # Narrower products cost little.
 _MIN_COLUMNS = 8
+_NORMALISATIONS = ("LayerNormalization", "RMSNormalization")
 
 
 def quantised(model: onnx_ir.Model) -> None:
@@ -60,6 +61,19 @@ def _is_matrix(weight: onnx_ir.Value) -> bool:
     )
 
 
+def _needs_middle(inputs: onnx_ir.Value, weight: onnx_ir.Value) -> bool:
+    """Whether inputs may lie to one side of zero, and outputs are few enough to correct.
+
+    It takes two more passes over outputs, which is cheap where they are no wider than the inputs:
+    so it is behind activations and attention, and a head has outputs of another order of magnitude.
+    """
+    assert weight.const_value is not None  # noqa: S101 - it was asked for
+    num_inputs, num_outputs = weight.const_value.numpy().shape
+    producer = inputs.producer()
+    is_normalised = producer is not None and producer.op_type in _NORMALISATIONS
+    return num_outputs <= num_inputs and not is_normalised
+
+
 class _Rows:
     """Rounds each input and each weight once, however many products share them."""
 
@@ -77,11 +91,7 @@ class _Rows:
         self, inputs: onnx_ir.Value, weight: onnx_ir.Value, node: onnx_ir.Node
     ) -> onnx_ir.Value:
         """What stands in for the node's output."""
-        # Two more passes over outputs are cheap where they are no wider than the inputs: so it is
-        # behind activations, and a head has outputs of another order of magnitude.
-        assert weight.const_value is not None  # noqa: S101 - it was asked for
-        num_inputs, num_outputs = weight.const_value.numpy().shape
-        has_middle = num_outputs <= num_inputs
+        has_middle = _needs_middle(inputs, weight)
         if (inputs, has_middle) not in self._rounded:
             self._rounded[inputs, has_middle] = self._round(inputs, has_middle=has_middle)
         if weight not in self._weights:
