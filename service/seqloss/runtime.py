@@ -64,6 +64,7 @@ class ScoreOptions:
     priority: Priority = "interactive"
     seconds_left: float | None = None
     stream: str = "other"
+    reproducible: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class LossRuntime:
         self.name = name
         self.bundle = bundle
         self.limits = length_limits(bundle, settings)
+        self.max_batch_tokens = settings.max_batch_tokens
         self._settings = settings
         self._metrics = metrics
         self._load = load
@@ -151,7 +153,7 @@ class LossRuntime:
             )
             if self._state == "loading":
                 self._reason = "the model is being warmed up"
-            max_batch_tokens, cost = await loop.run_in_executor(
+            self.max_batch_tokens, cost = await loop.run_in_executor(
                 threads.device, self._warm_up, self._engine
             )
         except Exception as error:
@@ -161,7 +163,7 @@ class LossRuntime:
         if self._state == "draining":  # a signal came while it was loading
             return
         limits = BatchingLimits(
-            max_batch_tokens,
+            self.max_batch_tokens,
             settings.max_batch_pairs,
             settings.max_queue_tokens,
             settings.max_block_ms / 1000,
@@ -255,6 +257,7 @@ class LossRuntime:
             seconds_left=(
                 float("inf") if options.seconds_left is None else options.seconds_left - spent
             ),
+            reproducible=options.reproducible,
         )
         scores = await _off_loop_if(
             is_large,

@@ -62,6 +62,7 @@ class Call:
     seconds_left: float
     # Whether no other request has any of its pairs.
     is_unique: bool
+    reproducible: bool
     submitted: float
     task: asyncio.Task[Outcome] | None = None
     is_admitted: bool = False
@@ -301,6 +302,7 @@ class BatcherMachine(RuleBasedStateMachine):
                 with_ranks_and_entropies=call.all_terms,
                 seconds_left=call.seconds_left,
                 tenant=call.tenant,
+                reproducible=call.reproducible,
             )
         except (OverloadedError, RequestTooLargeError):
             call.is_admitted = False
@@ -325,6 +327,7 @@ class BatcherMachine(RuleBasedStateMachine):
         tenant=st.sampled_from("abc"),
         seconds_left=st.sampled_from([float("inf"), float("inf"), 0.0, 0.003, 0.02, 0.1, 1.0]),
         is_unique=st.booleans(),
+        reproducible=st.sampled_from([False, False, True]),
         settles=st.booleans(),
     )
     def requests_come(
@@ -337,6 +340,7 @@ class BatcherMachine(RuleBasedStateMachine):
         tenant: str = "a",
         seconds_left: float = float("inf"),
         is_unique: bool = True,
+        reproducible: bool = False,
         settles: bool = False,
     ) -> None:
         for place, size in enumerate(sizes):
@@ -350,6 +354,7 @@ class BatcherMachine(RuleBasedStateMachine):
                     tenant,
                     seconds_left,
                     is_unique,
+                    reproducible,
                     self.loop.time(),
                 )
             )

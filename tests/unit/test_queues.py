@@ -31,6 +31,7 @@ def job_of(
     arrived: float = 0.0,
     deadline: float = float("inf"),
     all_terms: bool = False,
+    reproducible: bool = False,
 ) -> Job:
     """Pairs of these source and target lengths; no two sources of the process are equal."""
     request = request_of(
@@ -41,7 +42,15 @@ def job_of(
         start_ids=[9] * len(lengths),
     )
     return Job(
-        request.pairs, priority, all_terms, arrived, Mock(), next(_numbers), tenant, deadline
+        request.pairs,
+        priority,
+        all_terms,
+        arrived,
+        Mock(),
+        next(_numbers),
+        tenant,
+        deadline,
+        reproducible,
     )
 
 
@@ -94,6 +103,7 @@ class Coming:
     tenant: str
     all_terms: bool
     seconds_left: float
+    reproducible: bool
 
     def job(self, now: float) -> Job:
         return job_of(
@@ -103,6 +113,7 @@ class Coming:
             arrived=now,
             deadline=now + self.seconds_left,
             all_terms=self.all_terms,
+            reproducible=self.reproducible,
         )
 
 
@@ -113,6 +124,7 @@ coming = st.builds(
     st.sampled_from("abc"),
     st.booleans(),
     st.sampled_from([float("inf"), 5.0, 30.0]),
+    st.sampled_from([False, False, True]),
 )
 limits_of_queue = st.builds(
     BatchingLimits,
@@ -154,6 +166,8 @@ def test_every_pair_is_taken_once_and_batches_keep_to_the_caps(
         assert shape.source_length == max(job.source_lengths[row] for job, row in pairs)
         assert shape.target_length == max(job.target_lengths[row] for job, row in pairs)
         assert len({job.all_terms for job, _ in pairs}) == 1, "ranks are for those who want them"
+        company = {job for job, _ in pairs}
+        assert len(company) == 1 or not any(job.reproducible for job in company)
         return True
 
     for now, (request, num_batches) in enumerate(requests):
@@ -167,6 +181,35 @@ def test_every_pair_is_taken_once_and_batches_keep_to_the_caps(
     assert taken == Counter((job.number, row) for job in jobs for row in range(len(job.pairs)))
     assert queue.num_waiting == 0
     assert queue.jobs == jobs, "they stay until they are removed"
+
+
+@given(
+    st.lists(lengths_of_pairs, min_size=1, max_size=30),
+    st.lists(coming, max_size=5),
+    st.booleans(),
+    st.integers(1, 100),
+)
+def test_a_reproducible_request_has_the_same_batches_whatever_else_there_is(
+    lengths: list[tuple[int, int]], others: list[Coming], is_measured: bool, fitting: int
+) -> None:
+    """Whatever waits beside it, was measured, and does not fit the device any more."""
+
+    def batches(queue: Queue, max_batch_tokens: int) -> list[list[int]]:
+        mine = job_of(lengths, reproducible=True)
+        queue.add(mine)
+        found = []
+        while mine.num_waiting:
+            turn = queue.turn()
+            assert turn is not None
+            formed = queue.take(turn, 0.0, max_batch_tokens)
+            assert formed is not None
+            queue.started(turn)
+            if jobs_in(formed) == [mine]:
+                found.append(formed.selection[0][1].tolist())
+        return found
+
+    busy = queue_of(*(one.job(0.0) for one in others), cost=measured() if is_measured else None)
+    assert batches(busy, fitting) == batches(queue_of(), LIMITS.max_batch_tokens)
 
 
 def test_a_request_larger_than_the_window_is_taken_to_the_end() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seqloss.batching.digests import row_digests
+from seqloss.batching.digests import first_of_equals, row_digests
 from seqloss.batching.jobs import Job, Selection
 from seqloss.records import (
     Batch,
@@ -112,7 +112,7 @@ class _Targets:
         positions |= self.counted
         digests = row_digests(Ragged(positions, self.labels.offsets))
         digests = digests * 31 + row_digests(Ragged(self.source_row, np.arange(len(digests) + 1)))
-        first, place = _first_of_equals(digests)
+        first, place = first_of_equals(digests)
         kept = self.take(first)
         if len(first) == len(place):
             return self, place
@@ -161,7 +161,7 @@ def _unique_sources(selection: Selection) -> tuple[Ragged, Int32Array]:
     row = np.concatenate(
         [inverse + start for (_, inverse), start in zip(used, first_row, strict=True)]
     )
-    first, place = _first_of_equals(row_digests(sources))
+    first, place = first_of_equals(row_digests(sources))
     if len(first) < len(place):
         kept = sources.take(first)
         again = kept.take(place)
@@ -171,12 +171,3 @@ def _unique_sources(selection: Selection) -> tuple[Ragged, Int32Array]:
         ):
             return kept, place[row].astype(np.int32)
     return sources, row.astype(np.int32)
-
-
-def _first_of_equals(keys: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Where each distinct key stands first, in order; and which of these each key's own is."""
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    order = first.argsort()
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    return first[order], place[inverse]

@@ -42,3 +42,15 @@ def _multipliers_up_to(count: int) -> NDArray[np.uint64]:
         more = _random.integers(0, 2**63, count, dtype=np.uint64) | np.uint64(1)
         _multipliers = np.concatenate([_multipliers, more])
     return _multipliers
+
+
+def first_of_equals(digests: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Where each distinct one stands first, in order; and which of these each one's own is.
+
+    Shapes: (distinct,) and as given. Both are the same in every process, which digests are not.
+    """
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    order = first.argsort()
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return first[order], place[inverse]

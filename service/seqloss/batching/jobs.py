@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from seqloss.batching.digests import row_digests
+from seqloss.batching.digests import first_of_equals, row_digests
 from seqloss.batching.packing import Candidates, packing_order
 from seqloss.records import (
     BoolArray,
@@ -57,8 +57,9 @@ class Job:
         number: of its admission; no two jobs of a batcher share one.
         tenant: whose it is.
         deadline: when nobody waits for it any more, on the batcher's clock.
+        reproducible: whether it shares batches with no other, and has the same ones every time.
         source_lengths, target_lengths: of its pairs. Shape: (N,).
-        source_keys: equal where sources are, across jobs. Shape: (N,), int64.
+        source_keys: equal where sources are, across jobs that share batches. Shape: (N,), int64.
         num_tokens: of all its pairs, what it takes of the queue's budget.
         num_waiting: pairs that are in no batch yet.
         num_unfinished: pairs that are not scored yet.
@@ -73,6 +74,7 @@ class Job:
     number: int
     tenant: str = ""
     deadline: float = float("inf")
+    reproducible: bool = False
     source_lengths: Int64Array = field(init=False)
     target_lengths: Int64Array = field(init=False)
     source_keys: Int64Array = field(init=False)
@@ -99,7 +101,10 @@ class Job:
         self._num_held = self.num_tokens
         self.source_lengths = self.pairs.source_lengths
         self.target_lengths = self.pairs.target_lengths
-        self.source_keys = row_digests(self.pairs.sources)[self.pairs.source_index]
+        keys = row_digests(self.pairs.sources)
+        if self.reproducible:
+            _, keys = first_of_equals(keys)
+        self.source_keys = keys[self.pairs.source_index]
         self.num_waiting = self.num_unfinished = len(self.pairs)
         self.out_of_memory = np.zeros(len(self.pairs), np.bool_)
         self.terms = TokenTerms(

@@ -130,6 +130,7 @@ class Batcher:
         with_ranks_and_entropies: bool,
         seconds_left: float = float("inf"),
         tenant: str = "",
+        reproducible: bool = False,
     ) -> Outcome:
         """Queues all pairs of a request, or none, and waits until they are scored.
 
@@ -141,6 +142,7 @@ class Batcher:
             with_ranks_and_entropies: whether they are wanted.
             seconds_left: until nobody waits for it any more.
             tenant: whose it is; those who wait take turns.
+            reproducible: whether it shares batches with no other request.
 
         Raises:
             RequestTooLargeError: it would not fit an empty queue.
@@ -160,6 +162,7 @@ class Batcher:
             number=self._num_jobs,
             tenant=tenant,
             deadline=now + seconds_left,
+            reproducible=reproducible,
         )
         if self._death:
             raise EngineDeadError(self._death.detail)

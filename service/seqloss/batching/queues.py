@@ -9,6 +9,8 @@ import heapq
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from seqloss.batching.cost import BatchShape, CostModel
 from seqloss.batching.jobs import Job, Selection
 from seqloss.batching.packing import Caps, form_batch, riders, shape_of
@@ -24,6 +26,8 @@ MAX_BYPASS = 4
 _PATIENCE: dict[Priority, float] = {"interactive": 1.0, "bulk": 60.0}
 # A batch may take so many times as long with riders as without.
 _WITH_RIDERS = 2.0
+# What forms batches that are to be the same every time: no measurement.
+_NOMINAL_COST = CostModel()
 # So long after an interactive request another one is expected.
 _INTERACTIVE_SECONDS = 5.0
 
@@ -143,6 +147,8 @@ class Queue:
         anchor = mine.anchor()
         if anchor is None:
             return None
+        if anchor.reproducible:
+            return self._take_alone(mine, anchor)
         limits = self._limits
         window_tokens = _WINDOW_BATCHES * limits.max_batch_tokens
         window, place = mine.window(anchor, self._cost, window_tokens)
@@ -155,6 +161,20 @@ class Queue:
         shape = shape_of(candidates.part(chosen))
         taken = window.take(chosen if allowed is None else allowed[chosen])
         shape = self._with_riders(taken, shape, caps, other, anchor, window_tokens)
+        return self._formed(taken, priority, shape)
+
+    def _take_alone(self, mine: _Class, job: Job) -> Formed:
+        """A batch of one job's pairs, the same whatever else waits, is measured or does not fit.
+
+        It may keep others waiting for longer than `max_block_ms`, since that is measured.
+        """
+        window = mine.own_window(job, _NOMINAL_COST)
+        caps = Caps(self._limits.max_batch_tokens, self._limits.max_batch_pairs)
+        chosen = form_batch(window.candidates, 0, caps, _NOMINAL_COST)
+        shape = shape_of(window.candidates.part(chosen))
+        return self._formed(window.take(chosen), job.priority, shape)
+
+    def _formed(self, taken: Taken, priority: Priority, shape: BatchShape) -> Formed:
         for job, rows, num_tokens in taken:
             job.num_waiting -= len(rows)
             self.num_waiting -= len(rows)
@@ -172,7 +192,7 @@ class Queue:
     ) -> BatchShape:
         """Fills the batch up with pairs of the other class, which raise neither of its lengths."""
         waiting = other.anchor()
-        if waiting is None or waiting.all_terms != anchor.all_terms:
+        if waiting is None or waiting.reproducible or waiting.all_terms != anchor.all_terms:
             return shape
         if self._cost.is_measured:
             alone = float(self._cost.seconds(shape))
@@ -205,7 +225,8 @@ class _Tenant:
     Attributes:
         served: tokens of it that went into batches, on a clock of tokens which all tenants share.
         waiting: a heap by urgency of jobs with pairs in no batch.
-        outside: a heap by urgency of jobs with pairs in no window.
+        outside: a heap by urgency of jobs with pairs in no window; those that share no batches
+            never are in one.
     """
 
     served: float = 0.0
@@ -231,6 +252,7 @@ class _Class:
         self._priority = priority
         self._tenants: dict[str, _Tenant] = {}
         self._windows = {False: Window(), True: Window()}
+        self._own_windows: dict[int, Window] = {}
         self._clock = 0.0
 
     def add(self, job: Job) -> None:
@@ -238,11 +260,13 @@ class _Class:
         if tenant.most_urgent() is None:
             tenant.served = max(tenant.served, self._clock)
         urgency = min(job.deadline, job.arrived + _PATIENCE[self._priority])
-        for heap in (tenant.waiting, tenant.outside):
-            heapq.heappush(heap, (urgency, job.number, job))
+        heapq.heappush(tenant.waiting, (urgency, job.number, job))
+        if not job.reproducible:
+            heapq.heappush(tenant.outside, (urgency, job.number, job))
 
     def remove(self, job: Job) -> None:
         self._windows[job.all_terms].remove(job)
+        self._own_windows.pop(job.number, None)
 
     def anchor(self) -> Job | None:
         """The most urgent job of the tenant whose turn it is; None where nothing waits."""
@@ -272,6 +296,13 @@ class _Class:
     def charge(self, job: Job, num_tokens: int) -> None:
         """Counts what a tenant had of a batch."""
         self._tenants[job.tenant].served += num_tokens
+
+    def own_window(self, job: Job, cost: CostModel) -> Window:
+        """All pairs of a job that wait, and no others."""
+        if job.number not in self._own_windows:
+            window = self._own_windows[job.number] = Window()
+            window.add([(job, np.arange(len(job.pairs)))], cost.target_weight)
+        return self._own_windows[job.number]
 
     def window(self, anchor: Job, cost: CostModel, max_tokens: int) -> tuple[Window, int]:
         """The window, filled where it is half empty, and where a pair of the anchor stands in it.
