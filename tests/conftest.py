@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from prometheus_client import CollectorRegistry
 
 from fakes import FakeEngine, fake_bundle
-from seqloss.bundle.manifest import EngineName, Precision
+from seqloss.bundle.manifest import MANIFEST_NAME, EngineName, Precision
 from seqloss.bundle.reader import Bundle, open_bundle
 from seqloss.engines.base import Engine
 from seqloss.http.app import create_app
@@ -78,15 +79,34 @@ def engine_name(request: pytest.FixtureRequest) -> EngineName:
 
 @pytest.fixture(scope="session")
 def export_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, EngineName], Bundle]:
-    """Exports a family's random checkpoint, `demo` or `oracle`; each once per run and engine."""
+    """Exports a family's random checkpoint, `demo` or `oracle`; each once per run and engine.
+
+    Tests that run in several processes share what any of them exported.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     made: dict[tuple[str, EngineName], Bundle] = {}
 
     def make(name: str, engine: EngineName) -> Bundle:
         if (name, engine) not in made:
-            made[name, engine] = _export(name, engine, tmp_path_factory.mktemp(name))
+            mine = folder / f"{name}-{engine}"
+            mine.mkdir(exist_ok=True)
+            with _locked(folder / f"{mine.name}.lock"):
+                if not (mine / "bundle" / MANIFEST_NAME).is_file():
+                    _export(name, engine, mine)
+            made[name, engine] = open_bundle(mine / "bundle")
         return made[name, engine]
 
     return make
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other processes out while it lasts."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +117,7 @@ def bundle_of(
     return functools.partial(export_once, engine=engine_name)
 
 
-def _export(name: str, engine: EngineName, folder: Path) -> Bundle:
+def _export(name: str, engine: EngineName, folder: Path) -> None:
     from checkpoints import MAIN_FAMILIES, save_checkpoint
     from seqloss.demo import CHECKPOINT
     from seqloss.export.exporter import ExportOptions, export_checkpoint
@@ -117,7 +137,6 @@ def _export(name: str, engine: EngineName, folder: Path) -> Bundle:
             lower: Precision = "bfloat16" if engine == "torch" else "int8"
             options = ExportOptions(engines=(engine,), precisions=("float32", lower))
     export_checkpoint(str(checkpoint), folder / "bundle", options)
-    return open_bundle(folder / "bundle")
 
 
 class KeptEngine:
