@@ -2,11 +2,12 @@ PORT ?= 8000
 PYTHON ?= python3
 BUNDLE := build/demo
 CHECKPOINT := service/seqloss/demo/checkpoint
+CLIENT := clients/python
 BIN := .venv/bin
 INSTALLED := .venv/installed
 BENCH_ARGS ?=
 
-.PHONY: help serve test test-long check bench bench-serving families demo-bundle demo-checkpoint constraints clean
+.PHONY: help serve test test-long check bench bench-serving bench-corpus families demo-bundle demo-checkpoint constraints clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,16 +36,20 @@ bench: $(INSTALLED)  ## Measure speed and memory; BENCH_ARGS=--help lists its ar
 bench-serving: $(INSTALLED)  ## Measure the service under load; BENCH_ARGS=--help lists its arguments
 	@PYTHONPATH=tests $(BIN)/python -m benchmarks.serving $(BENCH_ARGS)
 
+bench-corpus: $(INSTALLED)  ## Measure seqloss-client score; BENCH_ARGS=--help lists its arguments
+	@PYTHONPATH=tests $(BIN)/python -m benchmarks.corpus $(BENCH_ARGS)
+
 families: $(INSTALLED)  ## Measure every family's error anew, for the table in the README
 	@PYTHONPATH=tests $(BIN)/python -m benchmarks.families --readme README.md
 
 demo-bundle: $(BUNDLE)/manifest.json  ## Export the demo checkpoint
 
-demo-checkpoint: $(INSTALLED)  ## Train the demo model again: under 20 minutes on two cores
-	$(BIN)/python -m seqloss.demo.recipe --output $(CHECKPOINT)
+demo-checkpoint: $(INSTALLED)  ## Train the demo models again: under 20 minutes each on two cores
+	$(BIN)/python -m seqloss.demo.recipe
+	$(BIN)/python -m seqloss.demo.recipe --backward
 
 constraints: $(INSTALLED)  ## Pin every dependency anew
-	echo 'torch==2.13.0' | $(BIN)/uv pip compile pyproject.toml --all-extras --universal \
+	echo 'torch==2.13.0' | $(BIN)/uv pip compile pyproject.toml $(CLIENT)/pyproject.toml --all-extras --universal \
 	  --python-version 3.11 --no-header --no-annotate --upgrade --constraint - \
 	  --output-file constraints.txt
 
@@ -54,9 +59,10 @@ clean:  ## Remove what make made, the environment too
 $(BUNDLE)/manifest.json: $(INSTALLED) $(wildcard $(CHECKPOINT)/*)
 	$(BIN)/seqloss export $(CHECKPOINT) --output $(BUNDLE) --precision float32 --force
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CLIENT)/pyproject.toml constraints.txt
 	@echo 'Installing seqloss and what it needs into .venv; this takes a minute or more.'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --editable '.[demo,test,check]'
+	  --constraint constraints.txt --editable '.[demo,test,check]' \
+	  --editable './$(CLIENT)[compression,parquet,filter,report]'
 	@touch $@

@@ -7,6 +7,7 @@
     │   ├── UnsupportedMediaTypeError
     │   ├── UnknownModelError
     │   ├── InvalidRequestError       well-formed but wrong; lists every fault
+    │   │   └── NoTokenizerError          texts for a model that takes ids only
     │   ├── RequestTooLargeError
     │   └── PairTooLargeError         one pair alone does not fit the device
     ├── ServiceError              a good request that cannot be answered now
@@ -32,15 +33,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+# What can be wrong with a pair. Numbers on the wire count from 1 in this order: append only.
+PAIR_CODES = (
+    "token_out_of_range",
+    "empty_source",
+    "empty_target",
+    "source_too_long",
+    "target_too_long",
+    "source_mask_not_trailing",
+    "non_finite",
+    "out_of_memory",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing that is wrong.
 
     Attributes:
-        code: a stable word for programs. Pairs have `empty_source`, `empty_target`,
-            `token_out_of_range`, `source_too_long`, `target_too_long`, `source_mask_not_trailing`,
-            `non_finite`, `out_of_memory`.
+        code: a stable word for programs; that of a pair is one of `PAIR_CODES`.
         detail: a sentence for people.
         index: the target it concerns, or None where it concerns the whole request.
         loc: the path into the request's body, such as `("target_ids", 2, 0)`.
@@ -109,6 +120,12 @@ class InvalidRequestError(RequestError):
     """Well-formed but wrong: shapes, counts, ids, lengths, unknown fields."""
 
     code = "invalid_request"
+
+
+class NoTokenizerError(InvalidRequestError):
+    """Texts for a model whose bundle, or whose service, has nothing to make ids of them."""
+
+    code = "no_tokenizer"
 
 
 class RequestTooLargeError(RequestError):

@@ -9,8 +9,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
 from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from seqloss.records import Batch, Priority
@@ -138,6 +139,12 @@ class Metrics:
             ["model", "priority"],
             _SECONDS,
         )
+        self.compute_duration = Summary(
+            "seqloss_compute_duration_seconds",
+            "Of the batches that held pairs of a request, other requests' share included",
+            ["model"],
+            registry=registry,
+        )
         self.batch_duration = histogram(
             "batch_duration_seconds", "Stages of a batch", ["model", "stage"], _SECONDS
         )
@@ -203,6 +210,20 @@ class Metrics:
         return ModelMetrics(self, name)
 
 
+@dataclass(frozen=True, slots=True)
+class ModelTotals:
+    """What there was of a model since the start."""
+
+    num_requests: int
+    request_seconds: float
+    queue_seconds: float
+    compute_seconds: float
+    num_pairs: int
+    num_batches: int
+    collate_seconds: float
+    scatter_seconds: float
+
+
 class ModelMetrics:
     """What the code around one model reports; it never names a label."""
 
@@ -246,9 +267,10 @@ class ModelMetrics:
         if report.grid_source_tokens:
             metrics.tokens.labels(model, "source", "grid").inc(report.grid_source_tokens)
 
-    def request(self, priority: Priority, seconds: float) -> None:
-        """A request was scored."""
+    def request(self, priority: Priority, seconds: float, compute_seconds: float) -> None:
+        """A request was scored, with batches that took so long."""
         self._metrics.request_duration.labels(self._model, priority).observe(seconds)
+        self._metrics.compute_duration.labels(self._model).observe(compute_seconds)
 
     def pairs(self, priority: Priority, outcome: str, count: int) -> None:
         """Pairs were answered; the outcome is `scored` or a `Fault.code`."""
@@ -291,3 +313,27 @@ class ModelMetrics:
         self._metrics.build_info.labels(
             self._model, version, engine, device, precision, digest
         ).set(1)
+
+    def totals(self) -> ModelTotals:
+        """Sums over priorities; pairs and requests are those that were scored."""
+        metrics = self._metrics
+
+        def total(metric: MetricWrapperBase, ending: str, **labels: str) -> float:
+            labels["model"] = self._model
+            return sum(
+                sample.value
+                for family in metric.collect()
+                for sample in family.samples
+                if sample.name.endswith(ending) and labels.items() <= sample.labels.items()
+            )
+
+        return ModelTotals(
+            num_requests=int(total(metrics.request_duration, "_count")),
+            request_seconds=total(metrics.request_duration, "_sum"),
+            queue_seconds=total(metrics.queue_wait, "_sum"),
+            compute_seconds=total(metrics.compute_duration, "_sum"),
+            num_pairs=int(total(metrics.pairs, "_total", outcome="scored")),
+            num_batches=int(total(metrics.batches, "_total")),
+            collate_seconds=total(metrics.batch_duration, "_sum", stage="collate"),
+            scatter_seconds=total(metrics.batch_duration, "_sum", stage="scatter"),
+        )

@@ -270,7 +270,7 @@ class LossRuntime:
         )
         faults = (*checked.faults, *self._device_faults(checked, outcome, scores))
         self._count(options, faults, len(request.target_ids) - len(faults))
-        self._metrics.request(options.priority, time.monotonic() - started)
+        self._metrics.request(options.priority, time.monotonic() - started, outcome.compute_seconds)
         if options.on_error == "fail":
             _refuse_device_faults(faults)
         self._metrics.losses(

@@ -218,4 +218,5 @@ def test_a_hub_name_downloads_configuration_and_one_kind_of_weights(
     loaded = load_checkpoint("someone/something")
     assert loaded.name == "someone/something"
     pattern = "*.safetensors" if weights == "model.safetensors" else "pytorch_model*.bin"
-    assert asked == [("someone/something", ["*.json", "*.model", "*.spm", pattern])]
+    vocabularies = ["*.model", "*.spm", "merges.txt", "vocab.txt"]
+    assert asked == [("someone/something", ["*.json", *vocabularies, pattern])]

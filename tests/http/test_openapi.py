@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import schemathesis
@@ -11,7 +13,8 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.openapi import from_dict
 from starlette.types import Receive, Scope, Send
 
-from fakes import EOS, MAX_TOKENS, VOCABULARY_SIZE, FakeEngine, fake_bundle
+from fake_texts import fake_text_bundle
+from fakes import EOS, MAX_TOKENS, VOCABULARY_SIZE, FakeEngine
 from seqloss.http.app import create_app
 from seqloss.settings import Settings
 
@@ -28,6 +31,10 @@ CONFIG = {
 }
 
 
+# Whose tokenizer is read when the first text comes.
+FOLDER = tempfile.TemporaryDirectory()
+
+
 class Service:
     """A new application for each test: schemathesis shuts it down after one, for good."""
 
@@ -37,7 +44,7 @@ class Service:
     @staticmethod
     def _new() -> FastAPI:
         return create_app(
-            {"fake": fake_bundle()},
+            {"fake": fake_text_bundle(Path(FOLDER.name))},
             Settings(warm_up=False),
             registry=CollectorRegistry(),
             load=lambda *_: FakeEngine(),
@@ -64,6 +71,7 @@ def promised(**generation: Any) -> Any:
 
 ANY = promised()
 FITTING = promised(mode="positive").include(path="/loss", method="POST")
+FITTING_TEXTS = promised(mode="positive").include(path="/loss/text", method="POST")
 
 
 @ANY.parametrize()
@@ -79,12 +87,25 @@ def test_answers_to_ids_that_the_model_has_are_promised_too(case: schemathesis.C
     case.call_and_validate()
 
 
+KEPT = ("return", "label_smoothing", "smoothing", "on_error", "truncation", "priority")
+
+
 @FITTING.parametrize()
 def test_what_contradicts_nothing_is_scored(case: schemathesis.Case) -> None:
-    kept = ("return", "label_smoothing", "smoothing", "on_error", "truncation", "priority")
     case.body = ids_of_the_model(case.body) | {
-        name: case.body[name] for name in kept if name in case.body
+        name: case.body[name] for name in KEPT if name in case.body
     }
+    response = case.call_and_validate()
+    assert response.status_code == 200, response.text
+
+
+@FITTING_TEXTS.parametrize()
+def test_texts_that_contradict_nothing_are_scored(case: schemathesis.Case) -> None:
+    num_pairs = min(len(case.body["sources"]), len(case.body["targets"]))
+    case.body = {
+        side: [" ".join(text.split()[: MAX_TOKENS - 1]) for text in case.body[side][:num_pairs]]
+        for side in ("sources", "targets")
+    } | {name: case.body[name] for name in (*KEPT, "tokens") if name in case.body}
     response = case.call_and_validate()
     assert response.status_code == 200, response.text
 

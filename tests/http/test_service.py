@@ -143,7 +143,7 @@ def test_a_client_that_goes_away_is_forgotten(
 ) -> None:
     service = make_client(engine=held)
     first = occupy(service, held, threads)
-    service.portal.call(vanish_after_sending, service.app, GOOD)
+    service.portal.call(vanish_after_sending, service.app, "/loss", json.dumps(GOOD).encode())
     assert metric(service, "seqloss_cancelled_pairs_total", model="fake") == 1
     assert metric(service, "seqloss_queue_tokens", model="fake") == 4
     held.let_go.set()
@@ -152,10 +152,10 @@ def test_a_client_that_goes_away_is_forgotten(
     assert len(held.batches) == 2, "a pair that nobody waits for was computed"
 
 
-async def vanish_after_sending(app: Any, body: dict[str, Any]) -> None:
+async def vanish_after_sending(app: Any, path: str, body: bytes) -> None:
     """Speaks ASGI as a server whose client closes the connection after its request."""
     messages = [
-        {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False},
+        {"type": "http.request", "body": body, "more_body": False},
         {"type": "http.disconnect"},
     ]
 
@@ -168,8 +168,8 @@ async def vanish_after_sending(app: Any, body: dict[str, Any]) -> None:
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/loss",
-        "raw_path": b"/loss",
+        "path": path,
+        "raw_path": path.encode(),
         "query_string": b"",
         "headers": [(b"content-type", b"application/json")],
         "app": app,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,19 @@ def test_a_pair_has_the_same_loss_in_any_company(client: Any, pairs: Any) -> Non
     assert np.abs((shuffled - alone[order]) / num_tokens[order]).max() <= TOLERANCE
     repeated = losses(client, sources * 3, targets * 3)
     assert np.abs((repeated - np.tile(alone, 3)) / np.tile(num_tokens, 3)).max() <= TOLERANCE
+
+
+def test_a_reproducible_request_has_the_same_bits_in_any_company(client: Any, pairs: Any) -> None:
+    sources, targets = pairs
+    alone = losses(client, sources, targets, reproducible=True)
+    with ThreadPoolExecutor(3) as others:
+        company = [
+            others.submit(losses, client, sources[first:], targets[first:]) for first in range(9)
+        ]
+        again = [losses(client, sources, targets, reproducible=True) for _ in range(2)]
+    assert all(len(one.result()) for one in company)
+    for found in again:
+        np.testing.assert_array_equal(found, alone)
 
 
 def test_shared_sources_equal_repeated_sources(client: Any, pairs: Any) -> None:

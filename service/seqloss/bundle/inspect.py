@@ -33,6 +33,10 @@ def _rows(bundle: Bundle) -> Iterator[tuple[str, str]]:
     yield "made by", f"seqloss {manifest.seqloss_version}, {manifest.graphs[0].exported_with}"
     yield from _vocabulary(manifest)
     yield from _limits(manifest)
+    if text := manifest.text:
+        yield "tokenizers", ", ".join(dict.fromkeys((text.source.path, text.target.path)))
+    else:
+        yield "tokenizers", "none: it takes ids and no texts"
     for graph in manifest.graphs:
         error = (
             f"at most {graph.max_error:.1e} nats per token from {manifest.self_test.described}, "

@@ -83,7 +83,8 @@ class SpecialIds(_Strict):
 class Languages(_Strict):
     """How a multilingual model is told the languages of a pair.
 
-    Requests carry ids as the model was trained with them: the service adds no tag of its own.
+    Requests with ids carry these as the model was trained with them; for requests with texts the
+    service puts them there.
     """
 
     ids: dict[str, NonNegativeInt] = Field(min_length=1)
@@ -93,6 +94,43 @@ class Languages(_Strict):
     target: Literal["first", "decoder_start", "first_of_source"]
     """Where the id of the target's language goes: first in the target, fed and not to be counted
     (`prefix_length` 1); the decoder's start (`decoder_start_token_id`); or first in the source."""
+
+
+class Pieces(_Strict):
+    """How ids come out of a SentencePiece model whose pieces are looked up in another vocabulary.
+
+    The tokenizer's own ids are those of the model up to `num_ids`. What the vocabulary has and the
+    SentencePiece model has not is there under its name behind a space, which no text can match: a
+    text that the SentencePiece model does not know is looked up by it.
+    """
+
+    num_ids: NumIds
+    """Ids from here on are of pieces that the vocabulary has not: they become `unknown`."""
+    unknown: NonNegativeInt
+    """Id of what neither the SentencePiece model nor the vocabulary has."""
+    has_tags: bool
+    """Whether a text may begin with a tag, such as `>>deu<<`, which is one token."""
+    composes: bool
+    """Whether characters are composed (Unicode's form C) first: the SentencePiece model does it,
+    and the library `tokenizers`, with the same rules, only within characters of few bytes."""
+
+
+class Tokenizer(_Strict):
+    """One side's tokenizer, in the format of the library `tokenizers`.
+
+    It adds what belongs to every text, such as `</s>`, but no language.
+    """
+
+    path: SafePath
+    """Of its file, inside the bundle."""
+    pieces: Pieces | None = None
+
+
+class Text(_Strict):
+    """What makes ids of texts; held against transformers' when the bundle was made."""
+
+    source: Tokenizer
+    target: Tokenizer
 
 
 class Graph(_Strict):
@@ -171,6 +209,8 @@ class Manifest(_Strict):
     vocabulary: Vocabulary
     special_ids: SpecialIds
     languages: Languages | None = None
+    text: Text | None = None
+    """None where the checkpoint has no tokenizer that could be stored: ids only are taken then."""
     max_source_tokens: PositiveInt | None
     max_target_tokens: PositiveInt | None
     softcap: float | None = Field(None, gt=0)

@@ -50,16 +50,26 @@ class Bundle:
             BundleError: the file was changed since the bundle was opened, or could do more than
                 compute losses.
         """
-        files, path = self.manifest.files, self.folder / graph.path
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != files[graph.path].sha256:
-            raise BundleError(f"{path} changed while it was read")
+        files, content = self.manifest.files, self.content(graph.path)
         try:
             if graph.engine == "torch":
                 return checked(content)
             check_onnx(content, ONNX_WEIGHTS, files[graph.weights_path].num_bytes)
         except BundleError as error:
+            path = self.folder / graph.path
             raise BundleError(f"{path}: {error.detail}", error.faults) from error
+        return content
+
+    def content(self, name: str) -> bytes:
+        """One of its files, by its path in the bundle, read and held against its digest.
+
+        Raises:
+            BundleError: the file was changed since the bundle was opened.
+        """
+        path = self.folder / name
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.manifest.files[name].sha256:
+            raise BundleError(f"{path} changed while it was read")
         return content
 
 
@@ -114,6 +124,8 @@ def _layout_faults(manifest: Manifest) -> list[str]:
     needed = dict.fromkeys(
         name for graph in manifest.graphs for name in (graph.weights_path, graph.path)
     )
+    if text := manifest.text:
+        needed |= dict.fromkeys((text.source.path, text.target.path))
     faults = [f"{name} is not listed" for name in needed if name not in manifest.files]
     vocabulary = manifest.vocabulary
     if any(

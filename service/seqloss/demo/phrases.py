@@ -71,6 +71,16 @@ class Phrase:
     source: str
     target: str
 
+    @property
+    def english(self) -> str:
+        """The source without its tag."""
+        return self.source.partition(" ")[2]
+
+    @property
+    def backward(self) -> tuple[str, str]:
+        """Source and target of the other direction, which needs no tag."""
+        return self.target, self.english
+
 
 @dataclass(frozen=True, slots=True)
 class _Kind:

@@ -1,7 +1,9 @@
 """Makes the demo checkpoint: data from CLDR, a BPE tokenizer, a small Marian transformer.
 
 `python -m seqloss.demo.recipe` takes under 20 minutes on two CPU cores and writes what `seqloss
-export` reads: config.json, model.safetensors, tokenizer.json, and CLDR's licence.
+export` reads: config.json, model.safetensors, tokenizer.json, and CLDR's licence.  `--backward`
+makes the model that reads German, French and Spanish, and writes English: filtering by dual
+cross-entropy needs it beside the first one.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from tokenizers import (
 from tqdm import tqdm
 from transformers import MarianConfig, MarianMTModel
 
-from seqloss.demo import CHECKPOINT, phrases
+from seqloss.demo import BACKWARD_CHECKPOINT, CHECKPOINT, phrases
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 PAD_ID, EOS_ID = 0, 1
@@ -41,8 +43,9 @@ _LANGUAGE_TAGS = [f">>{language}<<" for language in phrases.TARGET_LANGUAGES]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is trained, for how long; the defaults made the checkpoint in the repository."""
+    """What is trained, for how long; the defaults made the checkpoints in the repository."""
 
+    is_backward: bool = False
     num_pairs: int = 400_000
     steps: int = 3_000
     batch_pairs: int = 256
@@ -145,13 +148,12 @@ def _batches(
 def make_checkpoint(recipe: Recipe, output: Path) -> None:
     """Makes the data, trains the tokenizer and the model, and writes the checkpoint."""
     torch.manual_seed(recipe.seed)
-    data = list(islice(phrases.pairs("train", seed=recipe.seed), recipe.num_pairs))
-    print(f"{len(data):,} pairs, such as {data[0].source!r} -> {data[0].target!r}")
-    tokenizer = train_tokenizer(
-        (text for pair in data for text in (pair.source, pair.target)), recipe.vocabulary
-    )
-    sources = _Side.of(tokenizer, [pair.source for pair in data])
-    targets = _Side.of(tokenizer, [pair.target for pair in data])
+    drawn = islice(phrases.pairs("train", seed=recipe.seed), recipe.num_pairs)
+    data = [pair.backward if recipe.is_backward else (pair.source, pair.target) for pair in drawn]
+    print(f"{len(data):,} pairs, such as {' -> '.join(data[0])}")
+    tokenizer = train_tokenizer((text for pair in data for text in pair), recipe.vocabulary)
+    sources = _Side.of(tokenizer, [source for source, _ in data])
+    targets = _Side.of(tokenizer, [target for _, target in data])
     model = new_model(tokenizer.get_vocab_size(), recipe.max_tokens)
     print(
         f"{model.num_parameters():,} parameters, a vocabulary of {tokenizer.get_vocab_size()}, "
@@ -200,12 +202,14 @@ def _rate(step: int, recipe: Recipe) -> float:
 def main() -> None:
     """Makes the checkpoint, as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=CHECKPOINT)
+    parser.add_argument("--output", type=Path, help="the checkpoint's folder")
+    parser.add_argument("--backward", action="store_true", help="the model that writes English")
     parser.add_argument("--steps", type=int, default=Recipe().steps)
     arguments = parser.parse_args()
+    output = arguments.output or (BACKWARD_CHECKPOINT if arguments.backward else CHECKPOINT)
     started = time.monotonic()
-    make_checkpoint(Recipe(steps=arguments.steps), arguments.output)
-    print(f"{arguments.output} made in {(time.monotonic() - started) / 60:.1f} minutes")
+    make_checkpoint(Recipe(arguments.backward, steps=arguments.steps), output)
+    print(f"{output} made in {(time.monotonic() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

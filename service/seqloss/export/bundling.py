@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from seqloss.bundle.writer import new_bundle, seal
 from seqloss.engines.loader import open_engine
 from seqloss.engines.self_test import require_limits, self_test_errors
 from seqloss.errors import CheckpointError
+from seqloss.export.texts import StoredText
 
 # A device may be off by a few times what was measured here: it sums in another order.
 _TOLERANCE_FACTOR = 4
@@ -66,7 +66,7 @@ class Origin:
         languages: how it is told the languages of a pair, where it is.
         max_positions: the longest source and target, where they are bounded.
         softcap: the bound of its logits, where it has one.
-        tokenizer_files: what is copied beside it.
+        text: what makes ids of texts, where there is a tokenizer.
     """
 
     family: str
@@ -76,7 +76,7 @@ class Origin:
     languages: Languages | None
     max_positions: tuple[int | None, int | None]
     softcap: float | None
-    tokenizer_files: list[Path]
+    text: StoredText | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def write_bundle(
     """
     with new_bundle(output, force=force) as folder:
         written = write_graphs(folder)
-        _copy_tokenizer(folder, origin.tokenizer_files)
+        _write_tokenizers(folder, origin.text)
 
         def manifest_of(graphs: list[Graph], files: dict[str, File]) -> Manifest:
             return _manifest(origin, self_test, Graphs(graphs, written.weight_aliases), files)
@@ -152,11 +152,11 @@ def write_bundle(
         return seal(folder, partial(manifest_of, measured))
 
 
-def _copy_tokenizer(folder: Path, files: list[Path]) -> None:
-    if files:
+def _write_tokenizers(folder: Path, stored: StoredText | None) -> None:
+    if stored is not None:
         (folder / TOKENIZER_FOLDER).mkdir()
-        for path in files:
-            shutil.copyfile(path, folder / TOKENIZER_FOLDER / path.name)
+        for path, content in stored.files.items():
+            (folder / path).write_bytes(content)
 
 
 def _manifest(
@@ -171,6 +171,7 @@ def _manifest(
         vocabulary=origin.vocabulary,
         special_ids=origin.special_ids,
         languages=origin.languages,
+        text=None if origin.text is None else origin.text.text,
         max_source_tokens=max_source_tokens,
         max_target_tokens=max_target_tokens,
         softcap=origin.softcap,

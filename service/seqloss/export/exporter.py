@@ -113,7 +113,7 @@ def export_checkpoint(name: str, output: Path, options: ExportOptions) -> Manife
         languages=checkpoint.languages,
         max_positions=checkpoint.max_positions,
         softcap=softcap_of(model),
-        tokenizer_files=checkpoint.tokenizer_files,
+        text=checkpoint.text,
     )
     return write_bundle(
         output,

@@ -17,12 +17,12 @@ from seqloss.bundle.manifest import Languages, SpecialIds, sha256_of
 from seqloss.errors import CheckpointError
 from seqloss.export.families import FAMILIES, REFUSED, Family
 from seqloss.export.languages import generation_ids, languages_of
+from seqloss.export.texts import StoredText, stored_text_of
 
 # In the order in which transformers prefers them. It unpickles the latter with `weights_only`.
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
-# Beside JSON files; languages are looked up in them.
-_VOCABULARIES = ("*.model", "*.spm")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# Beside JSON files; tokenizers are made of them.
+_VOCABULARIES = ("*.model", "*.spm", "merges.txt", "vocab.txt")
 # More names than these help nobody.
 _MOST_NAMES = 12
 
@@ -37,7 +37,7 @@ class LoadedCheckpoint:
         model: the `PreTrainedModel`.
         special_ids: ids with a meaning.
         languages: how it is told the languages of a pair, where it is.
-        tokenizer_files: what it has of `tokenizer.json` and its settings.
+        text: what makes ids of texts, where it has a tokenizer that can be stored.
     """
 
     name: str
@@ -45,7 +45,7 @@ class LoadedCheckpoint:
     model: Any
     special_ids: SpecialIds
     languages: Languages | None
-    tokenizer_files: list[Path]
+    text: StoredText | None
 
     @property
     def model_type(self) -> str:
@@ -87,19 +87,15 @@ def load_checkpoint(name: str, decoder_start: int | None = None) -> LoadedCheckp
         faults += weight_faults
     if faults or model is None or special_ids is None:
         raise CheckpointError(f"{name} cannot be exported", faults)
+    languages = languages_of(folder, config.model_type)
     return LoadedCheckpoint(
         name=name if folder != Path(name) else folder.resolve().name,
         digest=digest_of(weight_files),
         model=model,
         special_ids=special_ids,
-        languages=languages_of(folder, config.model_type),
-        tokenizer_files=tokenizer_files_of(folder),
+        languages=languages,
+        text=stored_text_of(folder, languages),
     )
-
-
-def tokenizer_files_of(folder: Path) -> list[Path]:
-    """What a folder has of `tokenizer.json` and its settings."""
-    return [path for file in _TOKENIZER_FILES if (path := folder / file).is_file()]
 
 
 def digest_of(files: list[Path]) -> str:

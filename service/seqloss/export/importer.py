@@ -12,12 +12,13 @@ from seqloss.bundle.manifest import Checkpoint, Graph, Manifest, Vocabulary
 from seqloss.bundle.writer import refuse_unless_free
 from seqloss.errors import CheckpointError
 from seqloss.export.bundling import Graphs, Origin, vocabulary_of, write_bundle
-from seqloss.export.huggingface import digest_of, tokenizer_files_of
+from seqloss.export.huggingface import digest_of
 from seqloss.export.languages import languages_of
 from seqloss.export.onnx_files import OnnxFiles, OnnxReference, OnnxSessions, read_onnx_files
 from seqloss.export.onnx_graph import saved
 from seqloss.export.onnx_merge import merged, precision_of
 from seqloss.export.reference import make_self_test
+from seqloss.export.texts import stored_text_of
 
 # Longer pairs cost more memory than a probe may.
 _MAX_PROBE_TOKENS = 1024
@@ -63,15 +64,16 @@ def import_onnx(folder: Path, output: Path, options: ImportOptions) -> Manifest:
         vocabulary,
         files.max_positions,
     ).model_copy(update={"reference": "imported"})
+    languages = languages_of(folder, files.config.model_type)
     origin = Origin(
         family=files.config.model_type,
         checkpoint=Checkpoint(name=folder.resolve().name, digest=digest_of(files.weight_files)),
         vocabulary=vocabulary,
         special_ids=files.special_ids,
-        languages=languages_of(folder, files.config.model_type),
+        languages=languages,
         max_positions=files.max_positions,
         softcap=None,  # where there is one, it is in the logits
-        tokenizer_files=tokenizer_files_of(folder),
+        text=stored_text_of(folder, languages),
     )
     return write_bundle(
         output,

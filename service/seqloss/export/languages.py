@@ -65,10 +65,10 @@ def languages_of(folder: Path, model_type: str) -> Languages | None:
         CheckpointError: the model has no embedding of any of the languages, so the tokenizer
             belongs to another model.
     """
-    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return None
     try:
-        with _silence():
+        with silence():
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
@@ -79,7 +79,7 @@ def languages_of(folder: Path, model_type: str) -> Languages | None:
             "%s: the bundle does not list its languages, because its tokenizer cannot be read: %s. "
             "Losses are the same without the list.",
             folder,
-            _reason(error),
+            one_line(error),
         )
         return None
     return languages and _embedded(languages, getattr(config, "vocab_size", None), folder)
@@ -119,7 +119,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keeps to themselves what tokenizers recommend to those who want to encode texts."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
@@ -132,14 +132,24 @@ def _silence() -> Iterator[None]:
 
 
 def _asked(folder: Path, config: Any, model_type: str) -> Languages | None:
-    tokenizer = _tokenizer(folder, config)
+    tokenizer = tokenizer_of(folder, config)
     # On the class: transformers sets any keyword of tokenizer_config.json on the instance.
     if hasattr(type(tokenizer), "src_lang"):
         return _switched(tokenizer, model_type)
     return _tagged(tokenizer)
 
 
-def _tokenizer(folder: Path, config: Any) -> Any:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint has any file of a tokenizer."""
+    return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+
+
+def tokenizer_of(folder: Path, config: Any) -> Any:
+    """Transformers' tokenizer of a checkpoint, which has files of one.
+
+    Raises:
+        Exception: whatever its class raises.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, config=config, local_files_only=True, trust_remote_code=False
@@ -253,6 +263,6 @@ def _sorted(ids: dict[str, int]) -> dict[str, int]:
     return dict(sorted(ids.items()))
 
 
-def _reason(error: Exception) -> str:
-    """The error in one line: those of transformers about missing packages have many."""
+def one_line(error: Exception) -> str:
+    """An error in one line: those of transformers about missing packages have many."""
     return " ".join(f"{error}".split()).rstrip(".") or type(error).__name__

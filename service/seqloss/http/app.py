@@ -17,12 +17,13 @@ from seqloss import __version__
 from seqloss.batching.loop import Threads
 from seqloss.bundle.reader import Bundle
 from seqloss.engines.loader import load_engine
-from seqloss.http import problems
+from seqloss.http import inference_v2, problems, served_v2, text_routes
 from seqloss.http.middleware import RequestMiddleware
 from seqloss.http.routes import router
 from seqloss.metrics import Metrics
 from seqloss.runtime import LoadEngine, LossRuntime
 from seqloss.settings import Settings
+from seqloss.tokenization.encoder import TextEncoder
 
 _LOG = logging.getLogger(__name__)
 
@@ -75,10 +76,14 @@ def create_app(
         ],
     )
     app.state.models = models
+    app.state.text_encoders = {name: TextEncoder.of(bundle) for name, bundle in bundles.items()}
     app.state.settings = settings
     app.state.metrics = metrics
     problems.install(app)
     app.include_router(router)
+    app.include_router(text_routes.router)
+    app.include_router(served_v2.router)
+    app.include_router(inference_v2.router)
     return app
 
 

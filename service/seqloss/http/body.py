@@ -24,18 +24,29 @@ _MOST_MEMBERS = 100
 
 
 async def read_json_body(request: Request, settings: Settings) -> bytes:
+    """The decompressed body of a request that says that it is JSON; see `read_body`."""
+    return await read_body(request, settings, ("application/json",))
+
+
+async def read_body(request: Request, settings: Settings, media_types: tuple[str, ...]) -> bytes:
     """The decompressed body.
 
+    Args:
+        request: whose body was not read yet.
+        settings: the limits.
+        media_types: what it may say that it is, in lower case; "" where it may say nothing.
+
     Raises:
-        UnsupportedMediaTypeError: it is not JSON, or compressed in a way not known here.
+        UnsupportedMediaTypeError: it is something else, or compressed in a way not known here.
         RequestTooLargeError: it is larger than `max_body_bytes`, as sent or decompressed.
         BodyTimeoutError: it takes longer than `receive_timeout_seconds` to arrive.
         MalformedBodyError: it does not decompress.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
+    if media_type not in media_types:
         raise UnsupportedMediaTypeError(
-            f"the content type {media_type!r} is not read here; send application/json"
+            f"the content type {media_type!r} is not read here; send "
+            + " or ".join(filter(None, media_types))
         )
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity" and encoding not in _DECODERS:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import numpy as np
 import orjson
 
 from seqloss.errors import Fault, InvalidRequestError
-from seqloss.http.schemas import LossRequest, Mask, TokenIds
+from seqloss.http.schemas import LossRequest, Mask, RequestOptions, TokenIds
 from seqloss.loss.reduce import LabelSmoothing, aggregate, mean_losses, perplexities
 from seqloss.records import BoolArray, Int64Array, Ragged, RequestArrays
 from seqloss.runtime import ScoredRequest, ScoreOptions
 
 
-def options_of(request: LossRequest, stream: str, seconds_since_arrival: float) -> ScoreOptions:
+def options_of(request: RequestOptions, stream: str, seconds_since_arrival: float) -> ScoreOptions:
     """What the request chooses beside its pairs."""
     timeout_ms = request.timeout_ms
     return ScoreOptions(
@@ -25,6 +25,7 @@ def options_of(request: LossRequest, stream: str, seconds_since_arrival: float) 
         priority=request.priority,
         seconds_left=None if timeout_ms is None else timeout_ms / 1000 - seconds_since_arrival,
         stream=stream,
+        reproducible=request.reproducible,
     )
 
 
@@ -35,6 +36,43 @@ def arrays_of(request: LossRequest) -> RequestArrays:
         InvalidRequestError: counts or shapes that contradict each other; all of them listed.
     """
     return _Flattener(request).arrays()
+
+
+def source_index_of(
+    index: list[int] | None, sources: Sized, targets: Sized, fault: Callable[..., None]
+) -> Int64Array | None:
+    """The source of each target, within range.
+
+    Args:
+        index: as it was sent.
+        sources: of the request.
+        targets: of the request.
+        fault: is told what is wrong: the field, a sentence, and the place in the field.
+
+    Returns:
+        Shape: (targets,); None where something is wrong.
+    """
+    num_sources, num_targets = len(sources), len(targets)
+    if index is None:
+        if num_sources != num_targets:
+            fault(
+                "source_index",
+                f"there are {num_sources} sources and {num_targets} targets; without "
+                "source_index target i goes with source i, and the counts must match",
+            )
+            return None
+        return np.arange(num_targets)
+    if len(index) != num_targets:
+        fault("source_index", f"source_index has {len(index)} entries for {num_targets} targets")
+        return None
+    wrong = [place for place, source in enumerate(index) if not 0 <= source < num_sources]
+    for place in wrong:
+        fault(
+            "source_index",
+            f"target {place} names source {index[place]}, and there are {num_sources}, from 0",
+            place,
+        )
+    return None if wrong else np.array(index, np.int64)
 
 
 class _Flattener:
@@ -50,7 +88,7 @@ class _Flattener:
         targets = _ids(request.target_ids)
         inputs = request.decoder_input_ids
         arrays = {
-            "source_index": self._source_index(len(sources), len(targets)),
+            "source_index": source_index_of(request.source_index, sources, targets, self._fault),
             "source_mask": self._mask("source_mask", request.source_mask, sources, "source_ids"),
             "target_mask": self._mask("target_mask", request.target_mask, targets, "target_ids"),
             "decoder_input_ids": self._decoder_input_ids(inputs, targets),
@@ -81,30 +119,6 @@ class _Flattener:
 
     def _fault(self, field: str, detail: str, *place: int) -> None:
         self._faults.append(Fault("inconsistent", detail, loc=(field, *place)))
-
-    def _source_index(self, num_sources: int, num_targets: int) -> Int64Array | None:
-        index = self._request.source_index
-        if index is None:
-            if num_sources != num_targets:
-                self._fault(
-                    "source_ids",
-                    f"there are {num_sources} sources and {num_targets} targets; without "
-                    "source_index target i goes with source i, and the counts must match",
-                )
-            return np.arange(num_targets)
-        if len(index) != num_targets:
-            self._fault(
-                "source_index", f"source_index has {len(index)} entries for {num_targets} targets"
-            )
-            return None
-        wrong = [place for place, source in enumerate(index) if not 0 <= source < num_sources]
-        for place in wrong:
-            self._fault(
-                "source_index",
-                f"target {place} names source {index[place]}, and there are {num_sources}, from 0",
-                place,
-            )
-        return None if wrong else np.array(index, np.int64)
 
     def _mask(self, field: str, mask: Mask | None, rows: Ragged, of: str) -> BoolArray | None:
         if mask is None:
@@ -163,8 +177,18 @@ def _ids(rows: Sequence[Sequence[int]]) -> Ragged:
         )
 
 
-def encode_loss_reply(model: str, request: LossRequest, scored: ScoredRequest) -> bytes:
-    """A `LossReply` as JSON: NaN becomes null, numbers are the shortest that round-trip."""
+def encode_loss_reply(model: str, request: RequestOptions, scored: ScoredRequest) -> bytes:
+    """A `LossReply` as JSON."""
+    return encode_reply(loss_reply(model, request, scored))
+
+
+def encode_reply(reply: dict[str, Any]) -> bytes:
+    """JSON: NaN becomes null, numbers are the shortest that round-trip."""
+    return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def loss_reply(model: str, request: RequestOptions, scored: ScoredRequest) -> dict[str, Any]:
+    """A `LossReply`, of arrays."""
     scores = scored.scores
     reply: dict[str, Any] = {
         "model": model,
@@ -179,13 +203,24 @@ def encode_loss_reply(model: str, request: LossRequest, scored: ScoredRequest) -
     if request.truncation:
         reply["num_truncated_source_tokens"] = scored.cut_source_tokens
         reply["num_truncated_target_tokens"] = scored.cut_target_tokens
-    reply["errors"] = [
+    reply["errors"] = errors_body(scored)
+    reply["aggregate"] = aggregate(scores)
+    reply["usage"] = usage_body(scored)
+    return reply
+
+
+def errors_body(scored: ScoredRequest) -> list[dict[str, Any]]:
+    """Why some targets have no loss."""
+    return [
         {"index": fault.index, "code": fault.code, "detail": fault.detail}
         for fault in scored.faults
     ]
-    reply["aggregate"] = aggregate(scores)
+
+
+def usage_body(scored: ScoredRequest) -> dict[str, Any]:
+    """What the request cost."""
     usage = scored.usage
-    reply["usage"] = {
+    return {
         "source_tokens": usage.source_tokens,
         "target_tokens": usage.target_tokens,
         "encoded_sources": usage.encoded_sources,
@@ -193,7 +228,6 @@ def encode_loss_reply(model: str, request: LossRequest, scored: ScoredRequest) -
         "queue_ms": round(usage.queue_seconds * 1000, 3),
         "compute_ms": round(usage.compute_seconds * 1000, 3),
     }
-    return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _per_token(rows: Ragged, num_tokens: Int64Array) -> list[Any]:

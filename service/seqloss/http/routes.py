@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Coroutine, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Request
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, Field
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from seqloss.errors import InvalidRequestError, NotReadyError, UnknownModelError
+from seqloss.errors import NotReadyError
 from seqloss.http.body import read_json_body
 from seqloss.http.columns import arrays_of, encode_loss_reply, options_of
 from seqloss.http.problems import responses
 from seqloss.http.schemas import LossReply, LossRequest, parse_loss_request
+from seqloss.http.scoring import (
+    Models,
+    metrics_of,
+    model_named,
+    models_of,
+    off_loop_if,
+    score,
+    seconds_since_arrival,
+    settings_of,
+    stream_of,
+    timed_parse,
+)
 from seqloss.metrics import Metrics
 from seqloss.records import RequestArrays
 from seqloss.runtime import LossRuntime
@@ -28,25 +35,7 @@ from seqloss.settings import Settings
 # steps, though not during them: each is one call that holds the interpreter.
 _PARSE_ON_LOOP_BYTES = 64 * 1024
 
-Models = Mapping[str, LossRuntime]
-_T = TypeVar("_T")
-
 router = APIRouter()
-
-
-async def _models(request: Request) -> Models:
-    models: Models = request.app.state.models
-    return models
-
-
-async def _settings(request: Request) -> Settings:
-    settings: Settings = request.app.state.settings
-    return settings
-
-
-async def _metrics(request: Request) -> Metrics:
-    metrics: Metrics = request.app.state.metrics
-    return metrics
 
 
 @router.post(
@@ -66,73 +55,28 @@ async def _metrics(request: Request) -> Metrics:
 )
 async def post_loss(
     request: Request,
-    models: Annotated[Models, Depends(_models)],
-    settings: Annotated[Settings, Depends(_settings)],
-    metrics: Annotated[Metrics, Depends(_metrics)],
+    models: Annotated[Models, Depends(models_of)],
+    settings: Annotated[Settings, Depends(settings_of)],
+    metrics: Annotated[Metrics, Depends(metrics_of)],
 ) -> Response:
     """Masked per-token and aggregate losses of token ids, in nats."""
     with metrics.inflight_requests.track_inprogress():
         body = await read_json_body(request, settings)
-        started = time.perf_counter()
-        if len(body) > _PARSE_ON_LOOP_BYTES:
-            loss_request, arrays = await run_in_threadpool(_parse, body, settings)
-        else:
-            loss_request, arrays = _parse(body, settings)
-        request.state.timings["parse"] = time.perf_counter() - started
-        metrics.parse_duration.labels("json").observe(request.state.timings["parse"])
-        runtime = _model_named(models, loss_request.model)
-        elapsed = time.perf_counter() - request.state.started
-        options = options_of(loss_request, _stream(request, settings), elapsed)
-        scored = await _while_connected(request, runtime.score(arrays, options))
-        request.state.timings["queue"] = scored.usage.queue_seconds
-        request.state.timings["compute"] = scored.usage.compute_seconds
-        if len(body) > _PARSE_ON_LOOP_BYTES:
-            content = await run_in_threadpool(encode_loss_reply, runtime.name, loss_request, scored)
-        else:
-            content = encode_loss_reply(runtime.name, loss_request, scored)
+        large = len(body) > _PARSE_ON_LOOP_BYTES
+        with timed_parse(request, metrics, "json"):
+            loss_request, arrays = await off_loop_if(large, _parse, body, settings)
+        runtime = model_named(models, loss_request.model)
+        options = options_of(
+            loss_request, stream_of(request, settings), seconds_since_arrival(request)
+        )
+        scored = await score(request, runtime, arrays, options)
+        content = await off_loop_if(large, encode_loss_reply, runtime.name, loss_request, scored)
         return Response(content, media_type="application/json")
 
 
 def _parse(body: bytes, settings: Settings) -> tuple[LossRequest, RequestArrays]:
     request = parse_loss_request(body, settings.max_pairs_per_request)
     return request, arrays_of(request)
-
-
-def _model_named(models: Models, name: str | None) -> LossRuntime:
-    served = ", ".join(models)
-    if name is None:
-        if len(models) != 1:
-            raise InvalidRequestError(f"several models are served; name one of: {served}")
-        return next(iter(models.values()))
-    if name not in models:
-        raise UnknownModelError(f"there is no model {name!r}; served are: {served}")
-    return models[name]
-
-
-def _stream(request: Request, settings: Settings) -> str:
-    """The label of the loss histograms: only names that the operator allowed."""
-    stream = request.headers.get("x-seqloss-stream", "other")
-    return stream if stream in settings.streams else "other"
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """Does the work, and drops it when the client goes away."""
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(disconnected())
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        for one in (task, gone):
-            one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 # ---------------------------------------------------------------- what is served
@@ -151,7 +95,10 @@ class GraphBody(BaseModel):
 
 
 class LanguagesBody(BaseModel):
-    """How the model is told the languages of a pair; requests carry these ids themselves."""
+    """How the model is told the languages of a pair.
+
+    Requests to /loss carry these ids themselves; those to /loss/text name the languages.
+    """
 
     ids: dict[str, int]
     source: Literal["first", "last", "none"] = Field(
@@ -186,6 +133,7 @@ class ModelBody(BaseModel):
     forced_bos_token_id: int | None
     forced_eos_token_id: int | None
     languages: LanguagesBody | None
+    text: bool = Field(description="Whether `/loss/text` takes texts for it.")
     max_source_tokens: int
     max_target_tokens: int
     max_batch_tokens: int
@@ -198,11 +146,9 @@ class ModelsBody(BaseModel):
 
 
 @router.get("/models", summary="What is served")
-async def get_models(
-    models: Annotated[Models, Depends(_models)], settings: Annotated[Settings, Depends(_settings)]
-) -> ModelsBody:
+async def get_models(models: Annotated[Models, Depends(models_of)]) -> ModelsBody:
     """Every model with its limits, special ids and measured error."""
-    return ModelsBody(models=[_model_body(runtime, settings) for runtime in models.values()])
+    return ModelsBody(models=[_model_body(runtime) for runtime in models.values()])
 
 
 # Declared by hand: for a parameter of the function FastAPI promises a 422 that never comes.
@@ -215,16 +161,12 @@ _NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "str
     responses=responses(404),
     openapi_extra={"parameters": [_NAME]},
 )
-async def get_model(
-    request: Request,
-    models: Annotated[Models, Depends(_models)],
-    settings: Annotated[Settings, Depends(_settings)],
-) -> ModelBody:
+async def get_model(request: Request, models: Annotated[Models, Depends(models_of)]) -> ModelBody:
     """A model with its limits, special ids and measured error."""
-    return _model_body(_model_named(models, request.path_params["name"]), settings)
+    return _model_body(model_named(models, request.path_params["name"]))
 
 
-def _model_body(runtime: LossRuntime, settings: Settings) -> ModelBody:
+def _model_body(runtime: LossRuntime) -> ModelBody:
     manifest = runtime.bundle.manifest
     ids, vocabulary = manifest.special_ids, manifest.vocabulary
     info = runtime.engine.info if runtime.engine else None
@@ -257,9 +199,10 @@ def _model_body(runtime: LossRuntime, settings: Settings) -> ModelBody:
         forced_eos_token_id=ids.forced_eos,
         languages=manifest.languages
         and LanguagesBody.model_validate(manifest.languages.model_dump()),
+        text=manifest.text is not None,
         max_source_tokens=runtime.limits.max_source_tokens,
         max_target_tokens=runtime.limits.max_target_tokens,
-        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_tokens=runtime.max_batch_tokens,
     )
 
 
@@ -274,7 +217,7 @@ class HealthBody(BaseModel):
 
 @router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", summary="Should the process live on?", responses=responses(503))
-async def get_live(models: Annotated[Models, Depends(_models)]) -> HealthBody:
+async def get_live(models: Annotated[Models, Depends(models_of)]) -> HealthBody:
     """503 once a model failed to load or lost its engine: only a new process helps."""
     for runtime in models.values():
         if runtime.state == "failed":
@@ -284,7 +227,7 @@ async def get_live(models: Annotated[Models, Depends(_models)]) -> HealthBody:
 
 @router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", summary="Does it take requests?", responses=responses(503))
-async def get_ready(models: Annotated[Models, Depends(_models)]) -> HealthBody:
+async def get_ready(models: Annotated[Models, Depends(models_of)]) -> HealthBody:
     """503 with the reason while any model is loading, draining or dead."""
     for runtime in models.values():
         if runtime.state != "ready":
@@ -306,7 +249,9 @@ async def get_ready(models: Annotated[Models, Depends(_models)]) -> HealthBody:
         }
     },
 )
-async def get_metrics(request: Request, metrics: Annotated[Metrics, Depends(_metrics)]) -> Response:
+async def get_metrics(
+    request: Request, metrics: Annotated[Metrics, Depends(metrics_of)]
+) -> Response:
     """All metrics of the process."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(metrics.registry), headers={"Content-Type": content_type})

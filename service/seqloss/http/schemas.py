@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic.config import JsonDict
@@ -19,21 +19,23 @@ _MOST_FAULTS = 1000
 # Fields that are lists of lists.
 _NUM_NESTED = 6
 
+_Body = TypeVar("_Body", bound=BaseModel)
+
 PerTokenName = Literal["token_losses", "token_nlls", "token_ranks", "token_entropies"]
 
 
-class _StopAtFirst(FailFast):
+class StopAtFirst(FailFast):
     """Of a million wrong entries the first one is shown, and only it costs time and memory."""
 
     def __hash__(self) -> int:  # unions hash their arms
         return hash(type(self))
 
 
-_Ints = Annotated[list[int], _StopAtFirst()]
-_Bools = Annotated[list[bool], _StopAtFirst()]
-TokenIds = Annotated[list[_Ints], _StopAtFirst()]
+Ints = Annotated[list[int], StopAtFirst()]
+_Bools = Annotated[list[bool], StopAtFirst()]
+TokenIds = Annotated[list[Ints], StopAtFirst()]
 # Strict integers are no booleans. A union of lists is decided once, a list of unions per entry.
-Mask = TokenIds | Annotated[list[_Bools], _StopAtFirst()]
+Mask = TokenIds | Annotated[list[_Bools], StopAtFirst()]
 
 # For the demo model: a source and two translations, the second one wrong by an hour.
 _EXAMPLE: JsonDict = {
@@ -49,54 +51,12 @@ _EXAMPLE: JsonDict = {
 }
 
 
-class LossRequest(BaseModel):
-    """Token ids to score; only `source_ids` and `target_ids` are required.
+class RequestOptions(BaseModel):
+    """What a request chooses beside its pairs, whatever these are made of."""
 
-    The names of a body made by transformers' `DataCollatorForSeq2Seq` are taken too: `input_ids`,
-    `attention_mask`, `labels`, and `token_type_ids` where it is all zero.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, json_schema_extra={"examples": [_EXAMPLE]}
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     model: str | None = Field(None, description="Needed only where several models are served.")
-    source_ids: TokenIds = Field(
-        validation_alias=AliasChoices("source_ids", "input_ids"),
-        description="One list of token ids per source; nothing is added or removed.",
-    )
-    target_ids: TokenIds = Field(
-        validation_alias=AliasChoices("target_ids", "labels"),
-        description="One list of token ids per target; -100 marks positions that do not count.",
-    )
-    source_index: _Ints | None = Field(
-        None, description="The source of each target; without it target i goes with source i."
-    )
-    source_mask: Mask | None = Field(
-        None,
-        validation_alias=AliasChoices("source_mask", "attention_mask"),
-        description="Shaped as the sources; it may only cut their ends.",
-    )
-    target_mask: Mask | None = Field(
-        None, description="Shaped as the targets; 0 where a position does not count."
-    )
-    token_type_ids: TokenIds | None = Field(
-        None, description="Some collators send it; taken only if it is all zero."
-    )
-    pad_token_id: int | None = Field(
-        None,
-        description="Target positions with this id do not count, and trailing source positions "
-        "are not attended to. Never inferred.",
-    )
-    prefix_length: int | _Ints = Field(
-        0, description="Tokens at the beginning of targets that are fed and do not count."
-    )
-    decoder_start_token_id: int | _Ints | None = Field(
-        None, description="The decoder's first input, one or one per target."
-    )
-    decoder_input_ids: TokenIds | None = Field(
-        None, description="Used as they are, in place of the shifted targets."
-    )
     label_smoothing: float = Field(
         0.0, ge=0.0, le=1.0, description="Changes `losses` and `token_losses`, never an nll."
     )
@@ -118,8 +78,61 @@ class LossRequest(BaseModel):
     priority: Priority = Field(
         "interactive", description="`bulk` lets interactive requests go first, four in a row."
     )
+    reproducible: bool = Field(
+        False,
+        description="The pairs share batches with no other request's, so that the same request "
+        "gives the same bits, whatever else the service does. For large requests: small ones are "
+        "faster in company.",
+    )
     timeout_ms: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="From the request's arrival; then 504."
+    )
+
+
+class LossRequest(RequestOptions):
+    """Token ids to score; only `source_ids` and `target_ids` are required.
+
+    The names of a body made by transformers' `DataCollatorForSeq2Seq` are taken too: `input_ids`,
+    `attention_mask`, `labels`, and `token_type_ids` where it is all zero.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+
+    source_ids: TokenIds = Field(
+        validation_alias=AliasChoices("source_ids", "input_ids"),
+        description="One list of token ids per source; nothing is added or removed.",
+    )
+    target_ids: TokenIds = Field(
+        validation_alias=AliasChoices("target_ids", "labels"),
+        description="One list of token ids per target; -100 marks positions that do not count.",
+    )
+    source_index: Ints | None = Field(
+        None, description="The source of each target; without it target i goes with source i."
+    )
+    source_mask: Mask | None = Field(
+        None,
+        validation_alias=AliasChoices("source_mask", "attention_mask"),
+        description="Shaped as the sources; it may only cut their ends.",
+    )
+    target_mask: Mask | None = Field(
+        None, description="Shaped as the targets; 0 where a position does not count."
+    )
+    token_type_ids: TokenIds | None = Field(
+        None, description="Some collators send it; taken only if it is all zero."
+    )
+    pad_token_id: int | None = Field(
+        None,
+        description="Target positions with this id do not count, and trailing source positions "
+        "are not attended to. Never inferred.",
+    )
+    prefix_length: int | Ints = Field(
+        0, description="Tokens at the beginning of targets that are fed and do not count."
+    )
+    decoder_start_token_id: int | Ints | None = Field(
+        None, description="The decoder's first input, one or one per target."
+    )
+    decoder_input_ids: TokenIds | None = Field(
+        None, description="Used as they are, in place of the shifted targets."
     )
 
 
@@ -140,8 +153,18 @@ def parse_loss_request(body: bytes, max_rows: int) -> LossRequest:
         raise RequestTooLargeError(
             f"the request has more than {max_rows} sources or targets; split it"
         )
+    return parse_body(LossRequest, body)
+
+
+def parse_body(kind: type[_Body], body: bytes) -> _Body:
+    """JSON to a model of it.
+
+    Raises:
+        MalformedBodyError: it is not JSON.
+        InvalidRequestError: it is, and fields are unknown, missing or of the wrong kind.
+    """
     try:
-        return LossRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         if error.error_count() > _MOST_FAULTS:
             raise InvalidRequestError(
