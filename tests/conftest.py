@@ -47,6 +47,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak-seconds", type=float, default=60, help="how long the soak test goes on"
     )
+    parser.addoption(
+        "--kills", type=int, default=3, help="how often a run of seqloss-client score is killed"
+    )
+    parser.addoption(
+        "--service-kills", type=int, default=1, help="how often the service behind it is"
+    )
 
 
 def _gpu_is_missing() -> str | None:
@@ -119,12 +125,14 @@ def bundle_of(
 
 def _export(name: str, engine: EngineName, folder: Path) -> None:
     from checkpoints import MAIN_FAMILIES, save_checkpoint
-    from seqloss.demo import CHECKPOINT
+    from seqloss.demo import BACKWARD_CHECKPOINT, CHECKPOINT
     from seqloss.export.exporter import ExportOptions, export_checkpoint
 
     options = ExportOptions(engines=(engine,))
     if name == "demo":
         checkpoint = CHECKPOINT
+    elif name == "demo-backward":
+        checkpoint = BACKWARD_CHECKPOINT
     elif name == "oracle":
         if not ORACLE.is_dir():
             pytest.skip(f"{ORACLE} is absent: it does not belong to the project")

@@ -15,32 +15,15 @@ from typing import Any
 
 import pytest
 
+from readme import README, ROOT, Section, others
 from seqloss import __version__
 from seqloss.demo.greeting import example_request
 from seqloss.export.families import FAMILIES, REFUSED
 from seqloss.http.schemas import LossReply, LossRequest
 from server import Server
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-COMMANDS = [
-    line
-    for language, text in BLOCKS
-    if language == "sh"
-    for line in text.replace("\\\n", " ").splitlines()
-]
-
-
-def only(language: str) -> str:
-    (text,) = (text for block, text in BLOCKS if block == language)
-    return str(text)
-
-
-def commands(program: str) -> list[str]:
-    found = [command for command in COMMANDS if command.startswith(f"{program} ")]
-    assert found, f"the README shows no {program}"
-    return found
+REFERENCE = others()
+commands, only = REFERENCE.commands_of, REFERENCE.only_block
 
 
 @pytest.fixture
@@ -51,7 +34,7 @@ def address(serve: Callable[..., Server], bundle_of: Any) -> str:
 
 
 def test_every_command_is_tried_by_some_test() -> None:
-    programs = {command.split()[0] for command in COMMANDS}
+    programs = {command.split()[0] for command in REFERENCE.commands}
     assert programs == {"make", "curl", "pip", "seqloss"}
 
 
@@ -104,7 +87,8 @@ def test_python_prints_losses_and_errors(address: str, capsys: pytest.CaptureFix
 
 
 def test_recipes_for_languages_are_requests() -> None:
-    recipes = [text for block, text in BLOCKS if block == "jsonc"]
+    page = (ROOT / "docs/token-ids.md").read_text()
+    recipes = Section("ids", page).blocks("jsonc")
     assert len(recipes) == 2
     for recipe in recipes:
         LossRequest.model_validate_json(recipe)

@@ -6,6 +6,7 @@ import json
 import random
 from datetime import datetime
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from seqloss.demo import CHECKPOINT, phrases
+from seqloss.demo import BACKWARD_CHECKPOINT, CHECKPOINT, phrases
 from seqloss.demo.corruptions import CORRUPTIONS, corrupt
 from seqloss.demo.greeting import example_request
 from seqloss.demo.recipe import Recipe, make_checkpoint
@@ -84,15 +85,17 @@ def test_a_right_pair_has_a_smaller_loss_than_a_corrupted_one(
     assert (right < wrong).mean() >= MIN_SHARE_TOLD_APART
 
 
-def test_the_model_is_small() -> None:
-    with safe_open(CHECKPOINT / "model.safetensors", "pt") as weights:
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, BACKWARD_CHECKPOINT])
+def test_the_models_are_small(checkpoint: Path) -> None:
+    with safe_open(checkpoint / "model.safetensors", "pt") as weights:
         names = weights.keys()
         num_parameters = sum(weights.get_tensor(name).numel() for name in names)
     assert num_parameters <= 1_500_000
 
 
-def test_the_checkpoint_carries_the_licence_of_its_data() -> None:
-    assert "UNICODE LICENSE" in (CHECKPOINT / "LICENSE.unicode").read_text()
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, BACKWARD_CHECKPOINT])
+def test_the_checkpoints_carry_the_licence_of_their_data(checkpoint: Path) -> None:
+    assert "UNICODE LICENSE" in (checkpoint / "LICENSE.unicode").read_text()
 
 
 def test_the_target_is_a_function_of_the_source() -> None:
@@ -121,8 +124,11 @@ def test_the_greeting_tells_right_from_wrong(make_client: Any, bundle_of: Any) -
     assert wrong > 5
 
 
-def test_the_recipe_makes_a_checkpoint_that_can_be_exported(tmp_path: Any) -> None:
-    tiny = Recipe(num_pairs=300, steps=2, batch_pairs=8, vocabulary=300)
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_the_recipe_makes_a_checkpoint_that_can_be_exported(
+    tmp_path: Path, is_backward: bool
+) -> None:
+    tiny = Recipe(is_backward, num_pairs=300, steps=2, batch_pairs=8, vocabulary=300)
     make_checkpoint(tiny, tmp_path)
     assert load_checkpoint(str(tmp_path)).model_type == "marian"
     config = json.loads((tmp_path / "config.json").read_text())

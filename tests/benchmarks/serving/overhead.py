@@ -75,7 +75,7 @@ def _rounds(bundled: Bundled, pairs: Pairs, num_rounds: int) -> tuple[list[float
         for start in range(0, len(pairs), request_pairs)
     ]
     direct, over_http = [], []
-    with bundled.serve() as served, Worker(partial(_DirectTask, bundled, pairs)) as worker:
+    with bundled.serve() as served, Worker(partial(DirectTask, bundled, pairs)) as worker:
 
         async def sent() -> float:
             async with served.client() as client:
@@ -94,7 +94,7 @@ def _rounds(bundled: Bundled, pairs: Pairs, num_rounds: int) -> tuple[list[float
     return direct, over_http
 
 
-class _DirectTask:
+class DirectTask:
     """The engine on batches that were made beforehand, in its worker process."""
 
     def __init__(self, bundled: Bundled, pairs: Pairs) -> None:
