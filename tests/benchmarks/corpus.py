@@ -159,9 +159,9 @@ def _run(address: str, kind: str, path: Path, options: argparse.Namespace) -> Ru
         printed = process.stdout.read() if process.stdout else b""
     if process.returncode:
         raise CalledProcessError(process.returncode, command)
-    num_lines = output.read_bytes().count(b"\n")
-    if num_lines != options.pairs:
-        raise RuntimeError(f"{num_lines} scores of {options.pairs} pairs. This is a bug.")
+    num_scores, num_pairs = (one.read_bytes().count(b"\n") for one in (output, path))
+    if num_scores != num_pairs:
+        raise RuntimeError(f"{num_scores} scores of {num_pairs} pairs. This is a bug.")
     return Run(seconds, usage.ru_utime + usage.ru_stime, int(printed))
 
 
