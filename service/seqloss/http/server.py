@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import socket
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from types import FrameType
@@ -25,6 +26,8 @@ _LOG = logging.getLogger(__name__)
 _STRAGGLERS_SECONDS = 2
 # Which wait in the kernel to be accepted; it may hold fewer.
 _WAITING_CONNECTIONS = 2048
+# Of Python's threads, each until the next one may run.
+_SWITCH_SECONDS = 0.0005
 
 
 def serve(bundles: Mapping[str, Bundle], settings: Settings) -> bool:
@@ -96,13 +99,16 @@ class _DrainingServer(uvicorn.Server):
 
 
 def _settle() -> None:
-    """What was loaded stays.
+    """What was loaded stays, and threads take turns quickly.
 
-    Without this, parsing a large body takes three times as long: each of its many lists brings on
-    collections that walk over all of Torch.
+    Without the first, parsing a large body takes three times as long: each of its many lists brings
+    on collections that walk over all of Torch.  Without the second, the device's thread waits up to
+    5 ms for the interpreter after each operator that it has started: 1.03 to 1.09 times as many
+    pairs of a small model are scored.
     """
     gc.collect()
     gc.freeze()
+    sys.setswitchinterval(_SWITCH_SECONDS)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -120,7 +120,7 @@ def _add_service(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--pairs-per-request",
         type=_positive,
-        default=2000,
+        default=8000,
         metavar="N",
         help="or fewer, of which one side has 2 MiB; more is faster up to a point. It changes the "
         "last bits of the numbers (default: %(default)s)",
@@ -128,14 +128,14 @@ def _add_service(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-requests",
         type=_positive,
-        default=16,
+        default=4,
         metavar="N",
         help="under way at once, as far as the service takes them (default: %(default)s)",
     )
     group.add_argument(
         "--timeout",
         type=float,
-        default=600.0,
+        default=3600.0,
         metavar="SECONDS",
         help="for each reply (default: %(default)s)",
     )

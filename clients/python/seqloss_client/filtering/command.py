@@ -68,9 +68,9 @@ def _add_losses(group: argparse._ArgumentGroup) -> None:
         "--in-domain-scores", metavar="FILE", help="losses by a model of the wanted domain"
     )
     group.add_argument("--general-scores", metavar="FILE", help="losses by a model of general text")
-    group.add_argument("--pairs-per-request", type=positive, default=2000, metavar="N")
-    group.add_argument("--max-requests", type=positive, default=16, metavar="N")
-    group.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS")
+    group.add_argument("--pairs-per-request", type=positive, default=8000, metavar="N")
+    group.add_argument("--max-requests", type=positive, default=4, metavar="N")
+    group.add_argument("--timeout", type=float, default=3600.0, metavar="SECONDS")
     group.add_argument("--retry-for", type=float, default=300.0, metavar="SECONDS")
 
 
