@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from seqloss_client._client import LossClient
-from seqloss_client.arguments import positive
+from seqloss_client.corpus.arguments import positive
 from seqloss_client.corpus.errors import CorpusError
 from seqloss_client.models import Chunk, LossResult
 from seqloss_client.nbest import Hypothesis, NBestList, nbest_lists, read_hypotheses

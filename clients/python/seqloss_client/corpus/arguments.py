@@ -25,14 +25,15 @@ _OUTPUT_FORMATS: dict[str, OutputFormat] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `seqloss-client score`."""
-    _add_input(parser.add_argument_group("input"))
+    add_input_arguments(parser.add_argument_group("input", "any FILE may be -, a pipe"))
     _add_output(parser.add_argument_group("output"))
     _add_scoring(parser.add_argument_group("scoring"))
     _add_service(parser.add_argument_group("service"))
 
 
-def _add_input(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--source", metavar="FILE", help="sources, one a line; - is a pipe")
+def add_input_arguments(group: argparse._ArgumentGroup) -> None:
+    """Those that say what the corpus is."""
+    group.add_argument("--source", metavar="FILE", help="sources, one a line")
     group.add_argument("--target", metavar="FILE", help="targets, one a line, as many")
     group.add_argument(
         "--input",
@@ -119,7 +120,7 @@ def _add_service(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", help="needed only where several are served")
     group.add_argument(
         "--pairs-per-request",
-        type=_positive,
+        type=positive,
         default=8000,
         metavar="N",
         help="or fewer, of which one side has 2 MiB; more is faster up to a point. It changes the "
@@ -127,7 +128,7 @@ def _add_service(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max-requests",
-        type=_positive,
+        type=positive,
         default=4,
         metavar="N",
         help="under way at once, as far as the service takes them (default: %(default)s)",
@@ -155,8 +156,9 @@ def _add_service(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
 

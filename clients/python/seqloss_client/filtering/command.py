@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from seqloss_client.arguments import CorpusInput, add_input_arguments, positive
+from seqloss_client.corpus.arguments import add_input_arguments, positive
 from seqloss_client.corpus.blocks import Block
 from seqloss_client.corpus.errors import CorpusError
+from seqloss_client.corpus_input import CorpusInput
 from seqloss_client.filtering.copying import Copier
 from seqloss_client.filtering.formula import adequacy, domain_weight
 from seqloss_client.filtering.losses import DEFAULT_URL, Direction, Losses, ServiceLosses

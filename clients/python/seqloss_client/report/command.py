@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from seqloss_client.arguments import CorpusInput, add_input_arguments, positive
+from seqloss_client.corpus.arguments import add_input_arguments, positive
 from seqloss_client.corpus.blocks import Block, Reader, Side
 from seqloss_client.corpus.errors import CorpusError
+from seqloss_client.corpus_input import CorpusInput
 from seqloss_client.filtering.formula import adequacy
 from seqloss_client.models import Ragged
 from seqloss_client.plain_lines import LineWriter

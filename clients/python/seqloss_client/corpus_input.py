@@ -1,44 +1,13 @@
-"""Arguments that several commands share."""
+"""A corpus as the arguments of a command name it."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import get_args
 
 from seqloss_client.corpus.arguments import open_reader
 from seqloss_client.corpus.blocks import Reader
 from seqloss_client.corpus.errors import CorpusError
-from seqloss_client.corpus.readers import InputFormat
-
-
-def add_input_arguments(group: argparse._ArgumentGroup) -> None:
-    """Those of `seqloss-client score` about its input."""
-    group.add_argument("--source", metavar="FILE", help="sources, one a line")
-    group.add_argument("--target", metavar="FILE", help="targets, one a line, as many")
-    group.add_argument("--input", metavar="FILE", help="in place of both: a file with columns")
-    group.add_argument(
-        "--input-format",
-        choices=get_args(InputFormat),
-        help="of --input (default: as its name ends)",
-    )
-    group.add_argument(
-        "--source-column",
-        metavar="NAME",
-        help="its name, or in TSV and CSV its number from 1 (default: source, or 1 without header)",
-    )
-    group.add_argument("--target-column", metavar="NAME", help="(default: target, or 2)")
-    group.add_argument(
-        "--header", action="store_true", help="the first line of a TSV or CSV names its columns"
-    )
-    group.add_argument("--ids", action="store_true", help="token ids and no text")
-
-
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
 
 
 @dataclass(frozen=True, slots=True)
