@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 from subprocess import PIPE, CalledProcessError, Popen
+from typing import get_args
 
 import orjson
 from tokenizers import Tokenizer
@@ -36,6 +37,7 @@ from benchmarks.report import Table, number, platform_facts
 from benchmarks.serving.figures import Figure, Wanted
 from benchmarks.serving.overhead import DirectTask
 from benchmarks.serving.workbench import Bundled
+from seqloss.bundle.manifest import EngineName
 from seqloss.demo import CHECKPOINT
 from seqloss.demo.phrases import pairs as demo_pairs
 
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     set_environment(options.threads)
     options.folder.mkdir(parents=True, exist_ok=True)
-    bundle = prepare.export_bundle(CHECKPOINT, ["float32"], options.folder)
+    bundle = prepare.export_bundle(CHECKPOINT, ["float32"], options.folder, options.engine)
     bundled = Bundled("demo", bundle, "float32", "cpu", options.threads)
     corpus = _corpus(options.pairs, options.folder)
     # The engine's pairs and their batches are not walked over while the command runs.
@@ -93,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "origin": asdict(origin("bench-corpus")),
             "machine": asdict(machine()),
             "pairs": options.pairs,
+            "engine": options.engine,
             "threads": options.threads,
             "engine_seconds": engine,
             "runs": {kind: [asdict(run) for run in of_kind] for kind, of_kind in runs.items()},
@@ -195,8 +198,9 @@ def _report(options: argparse.Namespace, engine: list[float], runs: dict[str, li
     facts = [
         *platform_facts(machine(), origin("bench-corpus")),
         (
-            f"{num_pairs:,} pairs of the demo's recipe; threads: {options.threads}, rounds: "
-            f"{options.rounds}, pairs per request: {options.pairs_per_request}"
+            f"{num_pairs:,} pairs of the demo's recipe; engine: {options.engine}, threads: "
+            f"{options.threads}, rounds: {options.rounds}, pairs per request: "
+            f"{options.pairs_per_request}"
         ),
     ]
     return "\n\n".join(
@@ -220,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=positive, default=available_cores(), help="for matrix products"
     )
+    parser.add_argument("--engine", choices=get_args(EngineName), default="torch")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="every measurement")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/bench/corpus"), help="where files are kept"
