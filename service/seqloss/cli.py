@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-from seqloss import __version__
+from seqloss import __version__, logs
 from seqloss.bundle.manifest import EngineName, Manifest, Precision
 from seqloss.errors import ConfigurationError, SeqlossError
 from seqloss.settings import Settings, load_settings
@@ -27,9 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ends the service is raised again once it has drained, so that its supervisor sees it.
     """
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure("text")
     try:
         status: int = options.run(options)
     except SeqlossError as error:
@@ -73,6 +71,16 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         "device has and the bundle holds; int8 only where it holds nothing else)",
     )
     serve.add_argument("--max-batch-tokens", help="padded tokens of a batch (default: 4096)")
+    serve.add_argument(
+        "--admin-port", help="a second port, for health, metrics and reloads (default: none)"
+    )
+    serve.add_argument("--admin-host", help="where that one listens (default: 127.0.0.1)")
+    serve.add_argument(
+        "--api-keys-file", metavar="FILE.toml", help="who may ask (default: everybody)"
+    )
+    serve.add_argument("--tls-certificate-file", metavar="FILE.pem", help="serve HTTPS")
+    serve.add_argument("--tls-key-file", metavar="FILE.pem", help="the certificate's key")
+    serve.add_argument("--log-format", help="text, or json: an object a line (default: text)")
     serve.set_defaults(run=_serve)
 
 
@@ -178,6 +186,7 @@ def _serve(options: argparse.Namespace) -> int:
     from seqloss.http.server import serve
 
     settings = _settings(options)
+    logs.configure(settings.log_format)
     bundles = {name: open_bundle(path) for name, path in _named(options.bundles).items()}
     if serve(bundles, settings):
         return 0
@@ -187,9 +196,9 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    names = ("host", "port", "device", "engine", "precision", "max_batch_tokens")
+    given = vars(options).items()
     return load_settings(
-        **{name: value for name in names if (value := getattr(options, name)) is not None}
+        **{name: value for name, value in given if name in Settings.model_fields and value}
     )
 
 

@@ -2,6 +2,8 @@
 
     SeqlossError
     ├── RequestError              the caller's request cannot be answered as it is
+    │   ├── AuthenticationError       no API key, or one that nobody has
+    │   ├── ForbiddenError            not with this API key
     │   ├── BodyTimeoutError          the body did not arrive in time
     │   ├── MalformedBodyError
     │   ├── UnsupportedMediaTypeError
@@ -12,7 +14,8 @@
     │   └── PairTooLargeError         one pair alone does not fit the device
     ├── ServiceError              a good request that cannot be answered now
     │   ├── OverloadedError
-    │   │   └── UnmeetableDeadlineError
+    │   │   ├── UnmeetableDeadlineError
+    │   │   └── QuotaExceededError    the tenant had what it may have
     │   ├── DeadlineExceededError
     │   ├── NotReadyError
     │   └── NonFiniteError            the model produced NaN or infinity
@@ -20,6 +23,7 @@
     │   ├── OutOfMemoryError          this batch does not fit; a smaller one may
     │   ├── EngineDeadError           the device is gone until a restart
     │   └── SelfTestError             the device computes other numbers than the bundle states
+    ├── ReloadError               a bundle that cannot take the place of the one that is served
     ├── BundleError               a folder that is not a bundle that can be trusted
     ├── CheckpointError           a checkpoint that cannot be exported
     └── ConfigurationError        settings or arguments that contradict each other
@@ -90,6 +94,18 @@ class RequestError(_ListsFaultsError):
     """The caller's request cannot be answered as it is."""
 
     code = "bad_request"
+
+
+class AuthenticationError(RequestError):
+    """An API key is needed, and none was given or nobody has it."""
+
+    code = "unauthenticated"
+
+
+class ForbiddenError(RequestError):
+    """The API key is somebody's, and does not allow this."""
+
+    code = "forbidden"
 
 
 class BodyTimeoutError(RequestError):
@@ -164,6 +180,12 @@ class UnmeetableDeadlineError(OverloadedError):
     code = "deadline_unmeetable"
 
 
+class QuotaExceededError(OverloadedError):
+    """The tenant's tokens of this minute are used up."""
+
+    code = "over_quota"
+
+
 class DeadlineExceededError(ServiceError):
     """The request's `timeout_ms` passed before all of it was scored."""
 
@@ -210,6 +232,12 @@ class BundleError(_ListsFaultsError):
     """A folder that is not a bundle that can be trusted; lists every fault."""
 
     code = "bad_bundle"
+
+
+class ReloadError(_ListsFaultsError):
+    """A bundle that cannot take the place of the one that is served, which goes on serving."""
+
+    code = "reload_failed"
 
 
 class CheckpointError(_ListsFaultsError):

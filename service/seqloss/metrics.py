@@ -22,6 +22,7 @@ _NATS = (0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6
 
 
 BatchReason = Literal["full", "idle", "drain"]
+ReloadOutcome = Literal["loaded", "unchanged", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,10 @@ class Metrics:
         self.cancelled_pairs = counter(
             "cancelled_pairs_total", "Pairs whose client went away or ran out of time", ["model"]
         )
+        self.tenant_tokens = counter(
+            "tenant_tokens_total", "Tokens of requests that were answered", ["tenant"]
+        )
+        self.reloads = counter("reloads_total", "Bundles loaded anew", ["model", "outcome"])
         self.deadline_missed = counter(
             "deadline_missed_total", "Requests whose timeout passed", ["model"]
         )
@@ -304,12 +309,21 @@ class ModelMetrics:
         """Pairs for which the model produced NaN or infinity."""
         self._metrics.non_finite.labels(self._model).inc(num_pairs)
 
+    def tenant_tokens(self, tenant: str, num_tokens: int) -> None:
+        """Tokens of both sides that a tenant had computed."""
+        self._metrics.tenant_tokens.labels(tenant).inc(num_tokens)
+
+    def reloaded(self, outcome: ReloadOutcome) -> None:
+        """Somebody asked for the bundle to be loaded anew."""
+        self._metrics.reloads.labels(self._model, outcome).inc()
+
     def ready(self, ready: bool) -> None:
         """Whether the model takes requests."""
         self._metrics.ready.labels(self._model).set(ready)
 
     def built(self, version: str, engine: str, device: str, precision: str, digest: str) -> None:
-        """What is served."""
+        """What is served, in place of what was."""
+        self._metrics.build_info.remove_by_labels({"model": self._model})
         self._metrics.build_info.labels(
             self._model, version, engine, device, precision, digest
         ).set(1)

@@ -183,6 +183,11 @@ class Pairs:
         return len(self.labels)
 
     @property
+    def num_tokens(self) -> int:
+        """Of all sources and targets, padding and repetitions not counted."""
+        return len(self.sources.values) + len(self.labels.values)
+
+    @property
     def source_lengths(self) -> Int64Array:
         """The length of each target's source. Shape: (N,)."""
         return self.sources.lengths_of(self.source_index)

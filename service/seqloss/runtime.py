@@ -1,49 +1,33 @@
-"""One served model: its bundle, its engine, its queue, and the way of a request through them."""
+"""One served model: its bundle, its engine and its queue, from loading to draining."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, TypeVar, TypeVarTuple
-
-import numpy as np
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from typing import Literal
 
 from seqloss import __version__
 from seqloss.batching.cost import CostModel
-from seqloss.batching.jobs import Outcome
 from seqloss.batching.loop import Batcher, Threads
 from seqloss.batching.queues import BatchingLimits
 from seqloss.batching.warm_up import warm_up
 from seqloss.bundle.manifest import EngineName, Precision
 from seqloss.bundle.reader import Bundle
-from seqloss.checking.check import Checked, check
 from seqloss.engines.base import Engine, EngineInfo
 from seqloss.engines.loader import load_engine
-from seqloss.errors import (
-    EngineDeadError,
-    Fault,
-    InvalidRequestError,
-    NonFiniteError,
-    NotReadyError,
-    PairTooLargeError,
-    RequestTooLargeError,
-)
-from seqloss.loss.reduce import LabelSmoothing, reduce_terms
+from seqloss.errors import EngineDeadError, NotReadyError
 from seqloss.metrics import ModelMetrics
-from seqloss.records import Int64Array, LengthLimits, Priority, RequestArrays, Scores
+from seqloss.records import LengthLimits, RequestArrays
+from seqloss.scorer import ScoredRequest, ScoreOptions, Scorer
 from seqloss.settings import Settings
+from seqloss.tokenization.encoder import TextEncoder
 
 _LOG = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "draining", "failed"]
-_Arguments = TypeVarTuple("_Arguments")
-_Result = TypeVar("_Result")
-
-# Checking and reducing take some 20 ns a token or row: at most a millisecond on the event loop.
-_ON_LOOP_SIZE = 50_000
 
 # What exists at once of a batch's logits: see `seqloss.export.onnx_merge`.
 _LOGITS_COPIES = 4
@@ -52,42 +36,6 @@ _LOGIT_BYTES = 4
 LoadEngine = Callable[
     [Bundle, str, Precision | Literal["auto"], int | None, EngineName | Literal["auto"]], Engine
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreOptions:
-    """What a request chooses beside its pairs."""
-
-    smoothing: LabelSmoothing = LabelSmoothing()
-    with_ranks_and_entropies: bool = False
-    on_error: Literal["fail", "partial"] = "fail"
-    priority: Priority = "interactive"
-    seconds_left: float | None = None
-    stream: str = "other"
-    reproducible: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a request cost."""
-
-    source_tokens: int
-    target_tokens: int
-    encoded_sources: int
-    batches: int
-    queue_seconds: float
-    compute_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredRequest:
-    """The answer to a request: scores, and why some targets have none."""
-
-    scores: Scores
-    faults: tuple[Fault, ...]
-    cut_source_tokens: Int64Array
-    cut_target_tokens: Int64Array
-    usage: Usage
 
 
 class LossRuntime:
@@ -102,10 +50,21 @@ class LossRuntime:
         load: LoadEngine = load_engine,
         on_fatal: Callable[[Exception], None] = lambda _: None,
     ) -> None:
+        """Loads nothing yet.
+
+        Args:
+            name: of the model.
+            bundle: opened.
+            settings: limits and sizes.
+            metrics: what is reported to.
+            load: makes an engine of the bundle.
+            on_fatal: told when the engine is gone, or could not be loaded by `start`.
+        """
         self.name = name
         self.bundle = bundle
         self.limits = length_limits(bundle, settings)
         self.max_batch_tokens = settings.max_batch_tokens
+        self.text_encoder = TextEncoder.of(bundle)
         self._settings = settings
         self._metrics = metrics
         self._load = load
@@ -114,9 +73,12 @@ class LossRuntime:
         self._reason = "the model is being loaded"
         self._engine: Engine | None = None
         self._batcher: Batcher | None = None
+        self._scorer: Scorer | None = None
+        self._cost = CostModel()
         self._threads: Threads | None = None
         self._is_drained = False
-        metrics.ready(False)
+        self._num_holders = 0
+        self._is_let_go = asyncio.Event()
 
     @property
     def engine(self) -> Engine | None:
@@ -138,51 +100,47 @@ class LossRuntime:
 
         What goes wrong is told to `on_fatal`: there is no caller to raise it to.
         """
-        loop = asyncio.get_running_loop()
-        settings = self._settings
-        self._threads = threads
+        self._metrics.ready(False)
         try:
-            self._engine = await loop.run_in_executor(
-                threads.device,
-                self._load,
-                self.bundle,
-                settings.device,
-                settings.precision,
-                settings.threads,
-                settings.engine,
-            )
-            if self._state == "loading":
-                self._reason = "the model is being warmed up"
-            self.max_batch_tokens, cost = await loop.run_in_executor(
-                threads.device, self._warm_up, self._engine
-            )
+            await self.load(threads, threads.device)
         except Exception as error:
             self._state, self._reason = "failed", f"the model did not load: {error}"
             self._on_fatal(error)
             return
-        if self._state == "draining":  # a signal came while it was loading
-            return
-        limits = BatchingLimits(
-            self.max_batch_tokens,
-            settings.max_batch_pairs,
-            settings.max_queue_tokens,
-            settings.max_block_ms / 1000,
-            settings.max_forward_seconds,
+        if self._state == "loading":  # else a signal came meanwhile
+            self.open()
+
+    async def load(self, threads: Threads, loading: Executor) -> None:
+        """Loads the engine and warms it up; afterwards it can be opened.
+
+        Args:
+            threads: where it will compute; it is warmed up there, in turn with other models.
+            loading: the thread that reads, and that runs the self-test.
+
+        Raises:
+            Exception: whatever went wrong. The device holds nothing of it then.
+        """
+        loop = asyncio.get_running_loop()
+        settings = self._settings
+        self._threads = threads
+        self._engine = await loop.run_in_executor(
+            loading,
+            self._load,
+            self.bundle,
+            settings.device,
+            settings.precision,
+            settings.threads,
+            settings.engine,
         )
-        self._batcher = Batcher(
-            self._engine,
-            limits,
-            self._metrics,
-            threads,
-            cost=cost,
-            on_death=self._died,
-        )
-        info = self._engine.info
-        self._metrics.built(
-            __version__, info.engine, info.device, info.precision, self.bundle.digest
-        )
-        self._state, self._reason = "ready", "ready"
-        self._metrics.ready(True)
+        if self._state == "loading":
+            self._reason = "the model is being warmed up"
+        try:
+            self.max_batch_tokens, self._cost = await loop.run_in_executor(
+                threads.device, self._warm_up, self._engine
+            )
+        except Exception:
+            await self._free()
+            raise
 
     def _warm_up(self, engine: Engine) -> tuple[int, CostModel]:
         settings = self._settings
@@ -197,10 +155,64 @@ class LossRuntime:
             settings.max_batch_pairs,
         )
 
+    def open(self) -> None:
+        """Takes requests from now on; the metrics show this model's queue."""
+        if self._engine is None or self._threads is None:
+            raise RuntimeError("a model was opened that was not loaded. This is a bug.")
+        settings, info = self._settings, self._engine.info
+        limits = BatchingLimits(
+            self.max_batch_tokens,
+            settings.max_batch_pairs,
+            settings.max_queue_tokens,
+            settings.max_block_ms / 1000,
+            settings.max_forward_seconds,
+        )
+        self._batcher = Batcher(
+            self._engine,
+            limits,
+            self._metrics,
+            self._threads,
+            cost=self._cost,
+            on_death=self._died,
+        )
+        self._scorer = Scorer(
+            self.bundle.manifest,
+            self.limits,
+            settings.max_pairs_per_request,
+            self._batcher,
+            self._metrics,
+        )
+        self._metrics.built(
+            __version__, info.engine, info.device, info.precision, self.bundle.digest
+        )
+        self._state, self._reason = "ready", "ready"
+        self._metrics.ready(True)
+
     def _died(self, error: EngineDeadError) -> None:
         self._state, self._reason = "failed", f"the engine is dead: {error.detail}"
         self._metrics.ready(False)
         self._on_fatal(error)
+
+    @contextmanager
+    def held(self) -> Iterator[LossRuntime]:
+        """While it lasts, the model goes on answering, though another one may take its place."""
+        self._num_holders += 1
+        try:
+            yield self
+        finally:
+            self._num_holders -= 1
+            if not self._num_holders:
+                self._is_let_go.set()
+
+    async def retire(self) -> None:
+        """Answers those who hold it, who are the last, and frees the device."""
+        while self._num_holders:
+            self._is_let_go.clear()
+            await self._is_let_go.wait()
+        if self._batcher is not None and not self._is_drained:
+            self._is_drained = True
+            await self._batcher.drain(self._settings.drain_timeout_seconds)
+        await self._free()
 
     async def drain(self) -> None:
         """Answers the admitted requests, and after `drain_delay_seconds` refuses new ones."""
@@ -216,10 +228,14 @@ class LossRuntime:
     async def close(self) -> None:
         """Drains what is not drained yet, and frees the device."""
         await self.drain()
-        if self._engine is not None and self._threads is not None and not self.is_stuck:
+        await self._free()
+
+    async def _free(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None and self._threads is not None and not self.is_stuck:
             # On its own thread: a batch that outlived the drain may still be running there.
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._threads.device, self._engine.close)
+            await loop.run_in_executor(self._threads.device, engine.close)
 
     @property
     def is_stuck(self) -> bool:
@@ -227,103 +243,16 @@ class LossRuntime:
         return self._batcher is not None and self._batcher.is_stuck
 
     async def score(self, request: RequestArrays, options: ScoreOptions) -> ScoredRequest:
-        """Checks, queues, scores and reduces.
+        """Checks, queues, scores and reduces: see `Scorer.score`.
 
         Raises:
-            RequestTooLargeError, InvalidRequestError, PairTooLargeError: the request's fault.
-            NotReadyError, OverloadedError, DeadlineExceededError, NonFiniteError,
-            EngineDeadError: the service's.
+            NotReadyError: it is not open yet.
         """
-        if self._batcher is None:
+        if self._scorer is None:
             raise NotReadyError(
                 f"model {self.name!r} is not ready: {self.reason}", retry_after_seconds=1
             )
-        self._refuse_too_many(request)
-        started = time.monotonic()
-        is_large = _size(request) > _ON_LOOP_SIZE
-        checked = await _off_loop_if(is_large, check, request, self.bundle.manifest, self.limits)
-        if checked.faults and options.on_error == "fail":
-            self._count(options, checked.faults, 0)
-            raise InvalidRequestError(
-                f"{len(checked.faults)} of {len(request.target_ids)} pairs cannot be scored; ask "
-                'for "on_error": "partial" to have the others',
-                checked.faults,
-            )
-        spent = time.monotonic() - started
-        outcome = await self._batcher.score(
-            checked.pairs,
-            priority=options.priority,
-            with_ranks_and_entropies=options.with_ranks_and_entropies,
-            seconds_left=(
-                float("inf") if options.seconds_left is None else options.seconds_left - spent
-            ),
-            reproducible=options.reproducible,
-        )
-        scores = await _off_loop_if(
-            is_large,
-            reduce_terms,
-            outcome.terms,
-            checked.counted_positions,
-            request.target_ids.offsets,
-            options.smoothing,
-            self.bundle.manifest.vocabulary.num_classes,
-        )
-        faults = (*checked.faults, *self._device_faults(checked, outcome, scores))
-        self._count(options, faults, len(request.target_ids) - len(faults))
-        self._metrics.request(options.priority, time.monotonic() - started, outcome.compute_seconds)
-        if options.on_error == "fail":
-            _refuse_device_faults(faults)
-        self._metrics.losses(
-            options.stream,
-            scores.token_nlls.values,
-            scores.nlls[scores.num_tokens > 0] / scores.num_tokens[scores.num_tokens > 0],
-        )
-        return ScoredRequest(
-            scores=scores,
-            faults=tuple(sorted(faults, key=lambda fault: fault.index or 0)),
-            cut_source_tokens=checked.cut_source_tokens,
-            cut_target_tokens=checked.cut_target_tokens,
-            usage=Usage(
-                source_tokens=checked.num_source_tokens,
-                target_tokens=checked.num_target_tokens,
-                encoded_sources=outcome.num_encoded_sources,
-                batches=outcome.num_batches,
-                queue_seconds=outcome.queue_seconds,
-                compute_seconds=outcome.compute_seconds,
-            ),
-        )
-
-    def _refuse_too_many(self, request: RequestArrays) -> None:
-        limit = self._settings.max_pairs_per_request
-        for what, rows in (("targets", request.target_ids), ("sources", request.source_ids)):
-            if len(rows) > limit:
-                raise RequestTooLargeError(
-                    f"the request has {len(rows)} {what}, and at most {limit} are taken; split it"
-                )
-
-    def _device_faults(self, checked: Checked, outcome: Outcome, scores: Scores) -> list[Fault]:
-        """What went wrong on our side: pairs that did not fit, and pairs that are not finite."""
-        not_scored = checked.rows[scores.num_tokens[checked.rows] == 0]
-        too_large = checked.rows[outcome.out_of_memory]
-        non_finite = np.setdiff1d(not_scored, too_large)
-        if len(non_finite):
-            self._metrics.non_finite(len(non_finite))
-        return [
-            *(
-                Fault("out_of_memory", f"pair {index} alone does not fit the device", int(index))
-                for index in too_large
-            ),
-            *(
-                Fault("non_finite", f"the model gave NaN or infinity for pair {index}", int(index))
-                for index in non_finite
-            ),
-        ]
-
-    def _count(self, options: ScoreOptions, faults: tuple[Fault, ...], num_scored: int) -> None:
-        self._metrics.pairs(options.priority, "scored", num_scored)
-        for code in {fault.code for fault in faults}:
-            count = sum(fault.code == code for fault in faults)
-            self._metrics.pairs(options.priority, code, count)
+        return await self._scorer.score(request, options)
 
 
 def length_limits(bundle: Bundle, settings: Settings) -> LengthLimits:
@@ -351,23 +280,3 @@ def token_budget(info: EngineInfo, bundle: Bundle, settings: Settings) -> int:
         settings.max_logits_bytes,
     )
     return fitting
-
-
-def _size(request: RequestArrays) -> int:
-    """Tokens and rows: what work on the arrays of a request grows with."""
-    sources, targets = request.source_ids, request.target_ids
-    return len(sources.values) + len(targets.values) + len(sources) + len(targets)
-
-
-async def _off_loop_if(
-    large: bool, work: Callable[[*_Arguments], _Result], *arguments: *_Arguments
-) -> _Result:
-    """Does the work here, or on a worker thread where it would hold up other requests."""
-    return await asyncio.to_thread(work, *arguments) if large else work(*arguments)
-
-
-def _refuse_device_faults(faults: tuple[Fault, ...]) -> None:
-    for code, error in (("out_of_memory", PairTooLargeError), ("non_finite", NonFiniteError)):
-        mine = [fault for fault in faults if fault.code == code]
-        if mine:
-            raise error(f"{len(mine)} pairs could not be scored: {code}", mine)

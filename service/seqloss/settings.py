@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
@@ -34,9 +35,43 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
 
     host: str = "127.0.0.1"
-    """Where to listen. Only this machine by default: there is no authentication yet."""
+    """Where to listen. Only this machine by default: without `api_keys_file` everybody may ask."""
 
     port: int = Field(8000, ge=0, le=65535)
+
+    admin_host: str = "127.0.0.1"
+    """Where the second port listens. Nobody is asked for a key there: open it to probes, to
+    Prometheus and to operators, and to nobody else."""
+
+    admin_port: int | None = Field(None, ge=0, le=65535)
+    """A second port for health, metrics, and `POST /admin/reload`. /metrics is then there alone.
+    None: health and metrics are on the first one, and models are reloaded by SIGHUP only."""
+
+    api_keys_file: Path | None = None
+    """A TOML file of tenants: their keys, models, priorities and quotas (see docs/operating.md).
+    None: everybody may ask for anything."""
+
+    tls_certificate_file: Path | None = None
+    """A PEM file with the certificate and those that vouch for it. None: HTTP in the clear, as it
+    should be where a proxy in front ends TLS. The second port always is."""
+
+    tls_key_file: Path | None = None
+    """The certificate's private key, without a passphrase."""
+
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    """Origins such as `https://scores.example.org` whose pages may ask from a browser; `*` is all.
+    None by default: browsers then refuse what pages of other origins ask for."""
+
+    log_format: Literal["text", "json"] = "text"
+    """Of the log on standard error: lines for people, or a JSON object on each."""
+
+    log_requests: bool = True
+    """Whether each request has a line: id, tenant, counts and times, never ids, texts or keys. It
+    takes some 30 microseconds. Health and metrics have none."""
+
+    traces: bool = False
+    """Whether requests are traced with OpenTelemetry (the extra `tracing`); the standard variables
+    `OTEL_*` say where spans go."""
 
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
     """`auto` (cuda:0 where there is one, else cpu), `cpu`, or `cuda:N`."""

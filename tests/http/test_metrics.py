@@ -99,6 +99,7 @@ def send_every_kind(service: TestClient) -> None:
         assert service.get(path).status_code == 200
     assert service.get("/nothing").status_code == 404
     assert service.get("/health/ready").status_code == 503
+    assert set(service.portal.call(service.app.state.reload).values()) == {"failed"}
     # Last: it keeps the thread that all models share.
     late = service.post("/loss", json=GOOD | {"model": "held", "timeout_ms": 500})
     assert late.status_code == 504

@@ -545,5 +545,5 @@ def test_the_schema_shows_a_body_that_works(make_client: Any, bundle_of: Any) ->
     text = json.dumps(client.get("/openapi.json").json())
     assert "#/$defs" not in text, "a reference that leads nowhere"
     assert set(operation["responses"]) == {
-        *("200", "400", "404", "408", "413", "415", "422", "429", "500", "503", "504")
+        *("200", "400", "401", "403", "404", "408", "413", "415", "422", "429", "500", "503", "504")
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,17 @@ from seqloss.records import (
 )
 
 
+class BatchTimes(NamedTuple):
+    """When what happened to a batch, in seconds of the event loop's clock."""
+
+    collating: float
+    collated: float
+    computing: float
+    computed: float
+    scattered: float
+    num_pairs: int
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of a request's pairs.
@@ -34,6 +45,7 @@ class Outcome:
         num_encoded_sources: distinct sources of it, summed over these batches.
         queue_seconds: from admission to its first batch.
         compute_seconds: time of the batches that held pairs of it.
+        batch_times: of those batches whose terms were its.
     """
 
     terms: TokenTerms
@@ -42,6 +54,7 @@ class Outcome:
     num_encoded_sources: int
     queue_seconds: float
     compute_seconds: float
+    batch_times: list[BatchTimes]
 
 
 @dataclass(eq=False, slots=True)
@@ -87,6 +100,7 @@ class Job:
     num_encoded_sources: int = 0
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+    batch_times: list[BatchTimes] = field(default_factory=list)
     _order: Int64Array | None = None
     _num_passed: int = 0
     _num_held: int = field(init=False)
@@ -97,7 +111,7 @@ class Job:
         def unknown() -> Float32Array:
             return np.full(num_labels, np.nan, np.float32)
 
-        self.num_tokens = len(self.pairs.sources.values) + num_labels
+        self.num_tokens = self.pairs.num_tokens
         self._num_held = self.num_tokens
         self.source_lengths = self.pairs.source_lengths
         self.target_lengths = self.pairs.target_lengths
@@ -167,6 +181,7 @@ class Job:
             num_encoded_sources=self.num_encoded_sources,
             queue_seconds=self.queue_seconds,
             compute_seconds=self.compute_seconds,
+            batch_times=self.batch_times,
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from seqloss.batching.admission import Admission, DeviceBudget
 from seqloss.batching.collate import Collated, collate
 from seqloss.batching.cost import BatchShape, CostModel
-from seqloss.batching.jobs import Job, Outcome, Selection, halves, num_pairs_of
+from seqloss.batching.jobs import BatchTimes, Job, Outcome, Selection, halves, num_pairs_of
 from seqloss.batching.queues import BatchingLimits, Formed, Queue
 from seqloss.engines.base import Engine
 from seqloss.errors import (
@@ -53,12 +53,13 @@ class Threads:
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A batch on its way to the device."""
+    """A batch on its way to the device, and when on the loop's clock it was collated."""
 
     formed: Formed
     collated: Collated
     reason: BatchReason
-    collate_seconds: float
+    collating_at: float
+    collated_at: float
 
 
 class Batcher:
@@ -299,7 +300,7 @@ class Batcher:
         async def collated() -> _Ready:
             started = self._loop.time()
             made = await self._loop.run_in_executor(self._threads.host, collate, formed.selection)
-            return _Ready(formed, made, reason, self._loop.time() - started)
+            return _Ready(formed, made, reason, started, self._loop.time())
 
         return self._loop.create_task(collated())
 
@@ -324,31 +325,32 @@ class Batcher:
                 self._metrics.queue_wait(job.priority, job.queue_seconds)
             job.num_batches += 1
         self._queue.started(formed.priority, self._formed())
-        terms, seconds = await self._forward(ready)
+        terms, begun, seconds = await self._forward(ready)
         if terms is None:
             self._split(formed)
             return
         self._budget.fitted()
         # The device need not wait for what is done with its results: a task starts when this one
         # has given it the next batch.
-        finishing = self._loop.create_task(self._finish(ready, terms, seconds))
+        finishing = self._loop.create_task(self._finish(ready, terms, begun, seconds))
         self._scattering.add(finishing)
         finishing.add_done_callback(self._scattering.discard)
 
-    async def _forward(self, ready: _Ready) -> tuple[TokenTerms | None, float]:
-        """The batch's terms, or None where it does not fit the device; and how long that took."""
+    async def _forward(self, ready: _Ready) -> tuple[TokenTerms | None, float, float]:
+        """The batch's terms, or None where it does not fit the device; since when, how long."""
         begun = self._loop.create_future()
 
-        def score() -> tuple[TokenTerms | None, float]:
+        def score() -> tuple[TokenTerms | None, float, float]:
             self._loop.call_soon_threadsafe(_resolve, begun)
             started = self._loop.time()
             try:
-                return self._engine.score(ready.collated.batch), self._loop.time() - started
+                terms = self._engine.score(ready.collated.batch)
+                return terms, started, self._loop.time() - started
             except OutOfMemoryError:
                 pass
             # Outside of the except block, whose traceback keeps the tensors alive.
             self._engine.release_memory()
-            return None, self._loop.time() - started
+            return None, started, self._loop.time() - started
 
         forward = asyncio.ensure_future(self._loop.run_in_executor(self._threads.device, score))
         self._forwarding = forward
@@ -382,7 +384,7 @@ class Batcher:
         job.out_of_memory[rows] = True
         self._count_done(formed.selection, 0.0)
 
-    async def _finish(self, ready: _Ready, terms: TokenTerms, seconds: float) -> None:
+    async def _finish(self, ready: _Ready, terms: TokenTerms, begun: float, seconds: float) -> None:
         """Gives the jobs their terms, and remembers what they took."""
         started = self._loop.time()
         collated = ready.collated
@@ -392,10 +394,21 @@ class Batcher:
             _LOG.exception("the results of a batch were lost")
             self._fail([job for job, _ in collated.selection], error)
             return
+        scattered = self._loop.time()
+        times = BatchTimes(
+            ready.collating_at,
+            ready.collated_at,
+            begun,
+            begun + seconds,
+            scattered,
+            num_pairs_of(collated.selection),
+        )
+        for job, _ in collated.selection:
+            job.batch_times.append(times)
         self._count_done(collated.selection, seconds)
         try:
             self._observe(collated.batch, seconds)
-            self._report(ready, seconds, self._loop.time() - started)
+            self._report(ready, times, scattered - started)
         except Exception:  # figures are no reason to keep an answer back
             _LOG.exception("a batch could not be reported")
 
@@ -407,13 +420,17 @@ class Batcher:
         self._cost.observe(shape, seconds)
         self._admission.computed(len(sources.values) + len(batch.labels), seconds)
 
-    def _report(self, ready: _Ready, forward_seconds: float, scatter_seconds: float) -> None:
+    def _report(self, ready: _Ready, times: BatchTimes, scatter_seconds: float) -> None:
         collated, info = ready.collated, self._engine.info
         self._metrics.batch(
             BatchReport.of(
                 collated.batch,
-                num_pairs_of(collated.selection),
-                (ready.collate_seconds, forward_seconds, scatter_seconds),
+                times.num_pairs,
+                (
+                    times.collated - times.collating,
+                    times.computed - times.computing,
+                    scatter_seconds,
+                ),
                 info.source_multiple,
             ),
             ready.reason,

@@ -30,14 +30,25 @@ class Bundle:
     """A verified bundle on disk.
 
     Attributes:
-        folder: where it lies.
+        folder: where it lies, links followed.
         manifest: what it says of itself.
         digest: SHA-256 of the manifest, which holds the digests of all other files.
+        given: the folder as it was named; a link there may lead to another bundle by now. None
+            where it was never on disk.
     """
 
     folder: Path
     manifest: Manifest
     digest: str
+    given: Path | None = None
+
+    def reopened(self) -> Bundle:
+        """What lies there now.
+
+        Raises:
+            BundleError: as of `open_bundle`.
+        """
+        return open_bundle(self.given or self.folder)
 
     def weights_path(self, graph: Graph) -> Path:
         """The file of the weights that a graph reads."""
@@ -80,12 +91,15 @@ def open_bundle(folder: Path) -> Bundle:
         BundleError: it is not a bundle, is of another schema version, or its files are not those
             that the manifest lists; all faults at once.
     """
+    given, followed = folder, folder.resolve()
+    if followed != folder.absolute():
+        folder = followed
     content = _manifest_bytes(folder)
     manifest = _parse(folder, content)
     faults = _layout_faults(manifest) + _file_faults(folder, manifest)
     if faults:
         raise BundleError(f"{folder} is not a bundle that can be trusted", faults)
-    return Bundle(folder, manifest, hashlib.sha256(content).hexdigest())
+    return Bundle(folder, manifest, hashlib.sha256(content).hexdigest(), given)
 
 
 def _manifest_bytes(folder: Path) -> bytes:

@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from seqloss import __version__
 from seqloss.batching.loop import Threads
 from seqloss.bundle.reader import Bundle
 from seqloss.engines.loader import load_engine
-from seqloss.http import inference_v2, problems, served_v2, text_routes
-from seqloss.http.middleware import RequestMiddleware
-from seqloss.http.routes import router
-from seqloss.metrics import Metrics
-from seqloss.runtime import LoadEngine, LossRuntime
+from seqloss.errors import ConfigurationError, ReloadError
+from seqloss.http import admin, health, inference_v2, problems, routes, served_v2, text_routes
+from seqloss.http.keys import KeyMiddleware
+from seqloss.http.middleware import OnDone, RequestMiddleware
+from seqloss.http.request_log import log_request
+from seqloss.metrics import Metrics, ReloadOutcome
+from seqloss.models import ServedModels
+from seqloss.runtime import LoadEngine
 from seqloss.settings import Settings
-from seqloss.tokenization.encoder import TextEncoder
-
-_LOG = logging.getLogger(__name__)
+from seqloss.tenants import Tenants, read_tenants
 
 # Replies are text; the fastest level takes most of what there is to gain.
 _COMPRESS_FROM_BYTES = 4096
 _COMPRESSION_LEVEL = 1
 
 _LAG_EVERY_SECONDS = 0.25
+
+_CORS_REQUEST_HEADERS = [
+    "Authorization",
+    "Content-Encoding",
+    "Content-Type",
+    "Inference-Header-Content-Length",
+    "X-API-Key",
+    "X-Request-ID",
+    "X-Seqloss-Stream",
+]
+_CORS_REPLY_HEADERS = [
+    "Inference-Header-Content-Length",
+    "Retry-After",
+    "Server-Timing",
+    "X-Request-ID",
+]
 
 
 def create_app(
@@ -54,12 +73,13 @@ def create_app(
         load: makes an engine of a bundle.
         on_loaded: called once all models are loaded, or have failed to.
         on_fatal: called when a model cannot be loaded or its engine died; the process should end.
+
+    Raises:
+        ConfigurationError: the file of API keys, or what tracing needs, is not as it should be.
     """
     metrics = Metrics(registry or _process_registry())
-    models = {
-        name: LossRuntime(name, bundle, settings, metrics.model(name), load, on_fatal)
-        for name, bundle in bundles.items()
-    }
+    models = ServedModels(bundles, settings, metrics, load, on_fatal)
+    keys = _Keys(settings)
     app = FastAPI(
         title="seqloss",
         version=__version__,
@@ -67,7 +87,21 @@ def create_app(
         lifespan=_lifespan(models, on_loaded),
         redirect_slashes=False,
         middleware=[
-            Middleware(RequestMiddleware, metrics=metrics, on_bug=problems.on_bug),
+            Middleware(
+                RequestMiddleware,
+                metrics=metrics,
+                on_bug=problems.on_bug,
+                on_done=_told_of_requests(settings),
+            ),
+            # Browsers ask for leave without a key.
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=_CORS_REQUEST_HEADERS,
+                expose_headers=_CORS_REPLY_HEADERS,
+            ),
+            Middleware(KeyMiddleware, tenants=lambda: keys.tenants),
             Middleware(
                 GZipMiddleware,
                 minimum_size=_COMPRESS_FROM_BYTES,
@@ -76,19 +110,75 @@ def create_app(
         ],
     )
     app.state.models = models
-    app.state.text_encoders = {name: TextEncoder.of(bundle) for name, bundle in bundles.items()}
     app.state.settings = settings
     app.state.metrics = metrics
+    app.state.reload = partial(_reload, models, keys)
     problems.install(app)
-    app.include_router(router)
-    app.include_router(text_routes.router)
-    app.include_router(served_v2.router)
-    app.include_router(inference_v2.router)
+    _include(app, routes.router, text_routes.router, served_v2.router, inference_v2.router)
+    _include(app, health.health)
+    if settings.admin_port is None:
+        _include(app, health.metrics)
     return app
 
 
+def create_admin_app(app: FastAPI) -> FastAPI:
+    """What the second port answers for the application: health, metrics, reloads; to anybody."""
+    second = FastAPI(
+        title="seqloss, for operators",
+        version=__version__,
+        redirect_slashes=False,
+        middleware=[
+            Middleware(RequestMiddleware, metrics=app.state.metrics, on_bug=problems.on_bug)
+        ],
+    )
+    second.state = app.state
+    problems.install(second)
+    _include(second, health.health, health.metrics, admin.router)
+    return second
+
+
+def _include(app: FastAPI, *routers: APIRouter) -> None:
+    for router in routers:
+        app.include_router(router)
+
+
+class _Keys:
+    """The tenants of the file of API keys, which can be read again."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._path = settings.api_keys_file
+        self.tenants = Tenants()
+        self.read()
+
+    def read(self) -> None:
+        """Takes what the file says now; where something in it is wrong all stays as it was.
+
+        Raises:
+            ConfigurationError: something is.
+        """
+        if self._path is not None:
+            self.tenants = read_tenants(self._path, time.monotonic, self.tenants)
+
+
+async def _reload(models: ServedModels, keys: _Keys) -> dict[str, ReloadOutcome]:
+    """API keys first: whoever lost access should not wait for models.
+
+    Raises:
+        ReloadError: the file of keys is wrong; models were not looked at.
+    """
+    try:
+        keys.read()
+    except ConfigurationError as error:
+        raise ReloadError(f"all goes on as it was: {error}") from error
+    return await models.reload_all()
+
+
+def _told_of_requests(settings: Settings) -> tuple[OnDone, ...]:
+    return (log_request,) if settings.log_requests else ()
+
+
 def _lifespan(
-    models: Mapping[str, LossRuntime], on_loaded: Callable[[], None]
+    models: ServedModels, on_loaded: Callable[[], None]
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -97,16 +187,16 @@ def _lifespan(
             ThreadPoolExecutor(1, "seqloss-device"),
             ThreadPoolExecutor(1, "seqloss-host"),
         )
-        loading = asyncio.create_task(_load_all(models, Threads(device, host), on_loaded))
+        loading = asyncio.create_task(_load(models, Threads(device, host), on_loaded))
         watching = asyncio.create_task(_watch_event_loop(app.state.metrics))
         app.state.loading = loading
         yield
         for task in (loading, watching):
             task.cancel()
         await asyncio.gather(loading, watching, return_exceptions=True)
-        await asyncio.gather(*(runtime.close() for runtime in models.values()))
+        await models.close()
         # A thread in a batch that never ends is not waited for.
-        device.shutdown(wait=not any(runtime.is_stuck for runtime in models.values()))
+        device.shutdown(wait=not models.is_stuck)
         host.shutdown()
 
     return lifespan
@@ -121,23 +211,8 @@ async def _watch_event_loop(metrics: Metrics) -> None:
         metrics.event_loop_lag.observe(max(0.0, loop.time() - due))
 
 
-async def _load_all(
-    models: Mapping[str, LossRuntime], threads: Threads, on_loaded: Callable[[], None]
-) -> None:
-    for runtime in models.values():
-        await runtime.start(threads)
-        if runtime.state == "ready" and runtime.engine is not None:
-            info = runtime.engine.info
-            graph = runtime.bundle.manifest.graph(info.engine, info.precision)
-            _LOG.info(
-                "model %r is ready on %s in %s, off by %.1e nats per token on average (of the "
-                "bundle's %s)",
-                runtime.name,
-                info.device,
-                info.precision,
-                graph.mean_error,
-                ", ".join(one.precision for one in runtime.bundle.manifest.graphs),
-            )
+async def _load(models: ServedModels, threads: Threads, on_loaded: Callable[[], None]) -> None:
+    await models.start(threads)
     on_loaded()
 
 

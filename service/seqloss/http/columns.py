@@ -12,7 +12,7 @@ from seqloss.errors import Fault, InvalidRequestError
 from seqloss.http.schemas import LossRequest, Mask, RequestOptions, TokenIds
 from seqloss.loss.reduce import LabelSmoothing, aggregate, mean_losses, perplexities
 from seqloss.records import BoolArray, Int64Array, Ragged, RequestArrays
-from seqloss.runtime import ScoredRequest, ScoreOptions
+from seqloss.scorer import ScoredRequest, ScoreOptions
 
 
 def options_of(request: RequestOptions, stream: str, seconds_since_arrival: float) -> ScoreOptions:

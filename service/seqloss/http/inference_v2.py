@@ -94,7 +94,7 @@ _LENGTH = {
     response_class=Response,
     responses={
         200: {"model": InferReply, "description": "The outputs asked for", "content": _BYTES},
-        **responses(400, 404, 408, 413, 415, 422, 429, 500, 503, 504),
+        **responses(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     },
     openapi_extra={
         "parameters": [NAME, _LENGTH],
@@ -116,16 +116,17 @@ async def post_infer(
     """Masked per-token and aggregate losses of token ids, in nats."""
     with metrics.inflight_requests.track_inprogress():
         body = await read_body(request, settings, MEDIA_TYPES)
-        runtime = model_of(request, models)
+        model_of(request, models)  # a name that is wrong is not parsed for
         header, binary = split_body(body, request.headers.get(_HEADER_LENGTH))
         large = len(header) > _JSON_ON_LOOP_BYTES or len(binary) > _BINARY_ON_LOOP_BYTES
         with timed_parse(request, metrics, "binary" if binary else "tensors_json"):
             infer, arrays = await off_loop_if(large, _parse, header, binary, settings)
-        _refuse_another_model(infer, runtime)
         options = options_of_parameters(
             infer, stream_of(request, settings), seconds_since_arrival(request)
         )
-        scored = await score(request, runtime, arrays, options)
+        with model_of(request, models).held() as runtime:
+            _refuse_another_model(infer, runtime)
+            scored = await score(request, runtime, arrays, options)
         content, length = await off_loop_if(
             large, encode_scores, runtime.name, VERSION, infer, scored
         )

@@ -26,12 +26,15 @@ CLIENT_CLOSED_REQUEST = 499
 
 STATUS_OF: dict[type[SeqlossError], int] = {
     errors.MalformedBodyError: 400,
+    errors.AuthenticationError: 401,
+    errors.ForbiddenError: 403,
     errors.UnknownModelError: 404,
     errors.BodyTimeoutError: 408,
     errors.RequestTooLargeError: 413,
     errors.PairTooLargeError: 413,
     errors.UnsupportedMediaTypeError: 415,
     errors.InvalidRequestError: 422,
+    errors.ReloadError: 422,
     errors.OverloadedError: 429,
     errors.NonFiniteError: 500,
     errors.NotReadyError: 503,
@@ -82,7 +85,7 @@ _SCHEMA = _schema()
 
 def install(app: FastAPI) -> None:
     """Makes every error of the application a problem document."""
-    app.add_exception_handler(SeqlossError, _on_seqloss_error)
+    app.add_exception_handler(SeqlossError, response_to)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
 
@@ -103,7 +106,8 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-async def _on_seqloss_error(request: Request, error: Exception) -> Response:
+async def response_to(request: Request, error: Exception) -> Response:
+    """The problem document of an error of ours, which is counted."""
     assert isinstance(error, SeqlossError)  # noqa: S101 - for mypy; it is registered so
     status = status_of(error)
     request.app.state.metrics.rejected.labels(error.code).inc()

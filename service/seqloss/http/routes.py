@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Request
-from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from seqloss.errors import NotReadyError
 from seqloss.http.body import read_json_body
 from seqloss.http.columns import arrays_of, encode_loss_reply, options_of
 from seqloss.http.problems import responses
@@ -24,6 +22,7 @@ from seqloss.http.scoring import (
     seconds_since_arrival,
     settings_of,
     stream_of,
+    tenant_of,
     timed_parse,
 )
 from seqloss.metrics import Metrics
@@ -44,7 +43,7 @@ router = APIRouter()
     response_class=Response,
     responses={
         200: {"model": LossReply, "description": "One array per quantity, entry i for target i"},
-        **responses(400, 404, 408, 413, 415, 422, 429, 500, 503, 504),
+        **responses(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     },
     openapi_extra={
         "requestBody": {
@@ -65,11 +64,11 @@ async def post_loss(
         large = len(body) > _PARSE_ON_LOOP_BYTES
         with timed_parse(request, metrics, "json"):
             loss_request, arrays = await off_loop_if(large, _parse, body, settings)
-        runtime = model_named(models, loss_request.model)
         options = options_of(
             loss_request, stream_of(request, settings), seconds_since_arrival(request)
         )
-        scored = await score(request, runtime, arrays, options)
+        with model_named(models, loss_request.model, tenant_of(request)).held() as runtime:
+            scored = await score(request, runtime, arrays, options)
         content = await off_loop_if(large, encode_loss_reply, runtime.name, loss_request, scored)
         return Response(content, media_type="application/json")
 
@@ -145,10 +144,12 @@ class ModelsBody(BaseModel):
     models: list[ModelBody]
 
 
-@router.get("/models", summary="What is served")
-async def get_models(models: Annotated[Models, Depends(models_of)]) -> ModelsBody:
-    """Every model with its limits, special ids and measured error."""
-    return ModelsBody(models=[_model_body(runtime) for runtime in models.values()])
+@router.get("/models", summary="What is served", responses=responses(401))
+async def get_models(request: Request, models: Annotated[Models, Depends(models_of)]) -> ModelsBody:
+    """Every model that the key may use, with its limits, special ids and measured error."""
+    tenant = tenant_of(request)
+    its = (runtime for name, runtime in models.items() if tenant.may_use(name))
+    return ModelsBody(models=[_model_body(runtime) for runtime in its])
 
 
 # Declared by hand: for a parameter of the function FastAPI promises a 422 that never comes.
@@ -158,12 +159,15 @@ _NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "str
 @router.get(
     "/models/{name}",
     summary="One served model",
-    responses=responses(404),
+    responses=responses(401, 403, 404),
     openapi_extra={"parameters": [_NAME]},
 )
-async def get_model(request: Request, models: Annotated[Models, Depends(models_of)]) -> ModelBody:
+async def get_model(
+    request: Request,
+    models: Annotated[Models, Depends(models_of)],
+) -> ModelBody:
     """A model with its limits, special ids and measured error."""
-    return _model_body(model_named(models, request.path_params["name"]))
+    return _model_body(model_named(models, request.path_params["name"], tenant_of(request)))
 
 
 def _model_body(runtime: LossRuntime) -> ModelBody:
@@ -204,54 +208,3 @@ def _model_body(runtime: LossRuntime) -> ModelBody:
         max_target_tokens=runtime.limits.max_target_tokens,
         max_batch_tokens=runtime.max_batch_tokens,
     )
-
-
-# ---------------------------------------------------------------- health and metrics
-
-
-class HealthBody(BaseModel):
-    """A healthy service."""
-
-    status: Literal["live", "ready"]
-
-
-@router.head("/health/live", include_in_schema=False)
-@router.get("/health/live", summary="Should the process live on?", responses=responses(503))
-async def get_live(models: Annotated[Models, Depends(models_of)]) -> HealthBody:
-    """503 once a model failed to load or lost its engine: only a new process helps."""
-    for runtime in models.values():
-        if runtime.state == "failed":
-            raise NotReadyError(f"model {runtime.name!r}: {runtime.reason}")
-    return HealthBody(status="live")
-
-
-@router.head("/health/ready", include_in_schema=False)
-@router.get("/health/ready", summary="Does it take requests?", responses=responses(503))
-async def get_ready(models: Annotated[Models, Depends(models_of)]) -> HealthBody:
-    """503 with the reason while any model is loading, draining or dead."""
-    for runtime in models.values():
-        if runtime.state != "ready":
-            raise NotReadyError(f"model {runtime.name!r}: {runtime.reason}", retry_after_seconds=1)
-    return HealthBody(status="ready")
-
-
-@router.get(
-    "/metrics",
-    summary="Prometheus or OpenMetrics",
-    response_class=Response,
-    responses={
-        200: {
-            "description": "Every metric with its meaning",
-            "content": {
-                media_type: {"schema": {"type": "string"}}
-                for media_type in ("text/plain", "application/openmetrics-text")
-            },
-        }
-    },
-)
-async def get_metrics(
-    request: Request, metrics: Annotated[Metrics, Depends(metrics_of)]
-) -> Response:
-    """All metrics of the process."""
-    encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(metrics.registry), headers={"Content-Type": content_type})

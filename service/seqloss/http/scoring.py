@@ -6,17 +6,20 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar, TypeVarTuple
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from seqloss.errors import InvalidRequestError, UnknownModelError
+from seqloss.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from seqloss.metrics import Metrics
 from seqloss.records import RequestArrays
-from seqloss.runtime import LossRuntime, ScoredRequest, ScoreOptions
+from seqloss.runtime import LossRuntime
+from seqloss.scorer import ScoredRequest, ScoreOptions
 from seqloss.settings import Settings
+from seqloss.tenants import Tenant
 
 Models = Mapping[str, LossRuntime]
 _T = TypeVar("_T")
@@ -41,20 +44,30 @@ async def metrics_of(request: Request) -> Metrics:
     return metrics
 
 
-def model_named(models: Models, name: str | None) -> LossRuntime:
-    """The model of this name, or the only one.
+def tenant_of(request: Request) -> Tenant:
+    """Whose the request is."""
+    tenant: Tenant = request.state.tenant
+    return tenant
+
+
+def model_named(models: Models, name: str | None, tenant: Tenant) -> LossRuntime:
+    """The model of this name, or the only one that the tenant may use.
 
     Raises:
         UnknownModelError: there is none of this name.
+        ForbiddenError: it is not for this tenant.
         InvalidRequestError: there are several, and none is named.
     """
-    served = ", ".join(models)
+    its = [one for one in models if tenant.may_use(one)]
+    served = ", ".join(its) or "none"
     if name is None:
-        if len(models) != 1:
-            raise InvalidRequestError(f"several models are served; name one of: {served}")
-        return next(iter(models.values()))
+        if len(its) != 1:
+            raise InvalidRequestError(f"name the model; served are: {served}")
+        return models[its[0]]
     if name not in models:
-        raise UnknownModelError(f"there is no model {name!r}; served are: {served}")
+        raise UnknownModelError(f"there is no model {name[:100]!r}; served are: {served}")
+    if name not in its:
+        raise ForbiddenError(f"this key may not use model {name!r}, but: {served}")
     return models[name]
 
 
@@ -74,16 +87,17 @@ async def off_loop_if(
 @contextmanager
 def timed_parse(request: Request, metrics: Metrics, body_format: str) -> Iterator[None]:
     """Times what stands in its `with`, for `Server-Timing` and the metrics, unless that fails."""
-    started = time.perf_counter()
+    started = time.monotonic()
     yield
-    seconds = time.perf_counter() - started
+    request.state.parsed = (started, time.monotonic())
+    seconds = request.state.parsed[1] - started
     request.state.timings["parse"] = seconds
     metrics.parse_duration.labels(body_format).observe(seconds)
 
 
 def seconds_since_arrival(request: Request) -> float:
     """What of its time the request has used up."""
-    return time.perf_counter() - float(request.state.started)
+    return time.monotonic() - float(request.state.started)
 
 
 async def score(
@@ -93,11 +107,25 @@ async def score(
 
     Raises:
         SeqlossError: as `LossRuntime.score` does.
+        ForbiddenError: the tenant may not use the priority.
         ClientDisconnect: the client went away.
     """
-    scored = await _while_connected(request, runtime.score(arrays, options))
-    request.state.timings["queue"] = scored.usage.queue_seconds
-    request.state.timings["compute"] = scored.usage.compute_seconds
+    tenant = tenant_of(request)
+    facts: dict[str, Any] = request.state.facts
+    facts |= {"model": runtime.name, "priority": options.priority, "pairs": len(arrays.target_ids)}
+    tenant.require_priority(options.priority)
+    scored = await _while_connected(request, runtime.score(arrays, replace(options, tenant=tenant)))
+    usage = scored.usage
+    facts |= {
+        "bad_pairs": len(scored.faults),
+        "source_tokens": usage.source_tokens,
+        "target_tokens": usage.target_tokens,
+        "encoded_sources": usage.encoded_sources,
+        "batches": usage.batches,
+    }
+    request.state.times = scored.times
+    request.state.timings["queue"] = usage.queue_seconds
+    request.state.timings["compute"] = usage.compute_seconds
     return scored
 
 

@@ -10,10 +10,10 @@ from pydantic import BaseModel
 from seqloss import __version__
 from seqloss.errors import PAIR_CODES, NotReadyError, UnknownModelError
 from seqloss.http.body import read_body
+from seqloss.http.health import get_live, get_ready
 from seqloss.http.problems import responses
-from seqloss.http.routes import get_live, get_ready
 from seqloss.http.schemas import parse_body
-from seqloss.http.scoring import Models, metrics_of, model_named, models_of, settings_of
+from seqloss.http.scoring import Models, metrics_of, model_named, models_of, settings_of, tenant_of
 from seqloss.http.tensor_columns import INPUTS, REQUIRED
 from seqloss.http.tensor_replies import OUTPUTS
 from seqloss.metrics import Metrics
@@ -42,7 +42,7 @@ def model_of(request: Request, models: Models) -> LossRuntime:
     Raises:
         UnknownModelError: there is no such model, or no such version of it.
     """
-    runtime = model_named(models, request.path_params["name"])
+    runtime = model_named(models, request.path_params["name"], tenant_of(request))
     version = request.path_params.get("version", VERSION)
     if version != VERSION:
         raise UnknownModelError(
@@ -153,6 +153,7 @@ async def post_index(
 ) -> list[dict[str, str]]:
     """The served models with their states."""
     body = await read_body(request, settings, (*MEDIA_TYPES, _CURLS_OWN))
+    tenant = tenant_of(request)
     only_ready = parse_body(IndexRequest, body).ready if body else False
     return [
         {
@@ -162,18 +163,20 @@ async def post_index(
             "reason": "" if runtime.state == "ready" else runtime.reason,
         }
         for runtime in models.values()
-        if runtime.state == "ready" or not only_ready
+        if tenant.may_use(runtime.name) and (runtime.state == "ready" or not only_ready)
     ]
 
 
 # Before what has a name in this place.
 @router.get("/models/stats", include_in_schema=False)
 async def get_all_stats(
+    request: Request,
     models: Annotated[Models, Depends(models_of)],
     metrics: Annotated[Metrics, Depends(metrics_of)],
 ) -> dict[str, Any]:
-    """Of all models."""
-    return {"model_stats": [_stats(name, metrics) for name in models]}
+    """Of all models that the key may use."""
+    tenant = tenant_of(request)
+    return {"model_stats": [_stats(name, metrics) for name in models if tenant.may_use(name)]}
 
 
 @router.get("/models/{name}/versions/{version}/stats", include_in_schema=False)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import signal
 import socket
+import ssl
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from seqloss.bundle.reader import Bundle
-from seqloss.errors import ConfigurationError
-from seqloss.http.app import create_app
+from seqloss.errors import ConfigurationError, SeqlossError
+from seqloss.http.app import create_admin_app, create_app
 from seqloss.http.connections import ConnectionConfig
-from seqloss.runtime import LossRuntime
+from seqloss.models import ServedModels
 from seqloss.settings import Settings
 
 _LOG = logging.getLogger(__name__)
@@ -48,18 +52,75 @@ def serve(bundles: Mapping[str, Bundle], settings: Settings) -> bool:
         fatal.append(error)
         server.should_exit = True
 
-    listener = _listen(settings.host, settings.port)
+    tls = _tls_of(settings)
+    listener = _listen(settings.host, settings.port, "https" if tls else "http")
     app = create_app(bundles, settings, on_loaded=_settle, on_fatal=stop)
-    config = ConnectionConfig(
+    server = _DrainingServer(_config(app, settings, **tls), app.state.models)
+    second = None
+    if settings.admin_port is not None:
+        admin_listener = _listen(settings.admin_host, settings.admin_port, purpose="for operators")
+        config = _config(create_admin_app(app), settings, lifespan="off")
+        second = _SecondServer(config), admin_listener
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(_serve(server, listener, second, app.state.reload))
+    return not fatal
+
+
+def _config(app: FastAPI, settings: Settings, **more: Any) -> ConnectionConfig:
+    return ConnectionConfig(
         app,
         receive_timeout_seconds=settings.receive_timeout_seconds,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=_STRAGGLERS_SECONDS,
+        **more,
     )
-    server = _DrainingServer(config, app.state.models)
-    server.run(sockets=[listener])
-    return not fatal
+
+
+async def _serve(
+    server: _DrainingServer,
+    listener: socket.socket,
+    second: tuple[_SecondServer, socket.socket] | None,
+    reload: Callable[[], Awaitable[Mapping[str, str]]],
+) -> None:
+    """Both ports; the second one goes on answering until the first is done."""
+    reloads: set[asyncio.Task[None]] = set()
+
+    async def reload_and_say() -> None:
+        try:
+            outcomes = await reload()
+        except SeqlossError as error:
+            _LOG.error("nothing was reloaded: %s", error)
+        else:
+            said = ", ".join(f"{name} {outcome}" for name, outcome in outcomes.items())
+            _LOG.info("reloaded: %s", said)
+
+    def on_hangup() -> None:
+        task = asyncio.ensure_future(reload_and_say())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    with suppress(NotImplementedError, AttributeError):  # there is no such signal on Windows
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup)
+    if second is None:
+        await server.serve(sockets=[listener])
+        return
+    second_server, its_listener = second
+    answering = asyncio.create_task(second_server.serve(sockets=[its_listener]))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        second_server.should_exit = True
+        await answering
+
+
+class _SecondServer(uvicorn.Server):
+    """Leaves signals to the first server, and ends when that one has."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Captures none."""
+        yield
 
 
 class _DrainingServer(uvicorn.Server):
@@ -71,10 +132,10 @@ class _DrainingServer(uvicorn.Server):
     at once.
     """
 
-    def __init__(self, config: uvicorn.Config, models: Mapping[str, LossRuntime]) -> None:
+    def __init__(self, config: uvicorn.Config, models: ServedModels) -> None:
         super().__init__(config)
         self._models = models
-        self._draining: asyncio.Future[list[None]] | None = None
+        self._draining: asyncio.Future[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Notes a signal."""
@@ -92,7 +153,7 @@ class _DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drains, then closes what is left."""
-        self._draining = asyncio.gather(*(runtime.drain() for runtime in self._models.values()))
+        self._draining = asyncio.ensure_future(self._models.drain())
         with suppress(asyncio.CancelledError):
             await self._draining
         await super().shutdown(sockets)
@@ -111,7 +172,31 @@ def _settle() -> None:
     sys.setswitchinterval(_SWITCH_SECONDS)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _tls_of(settings: Settings) -> dict[str, Any]:
+    """What uvicorn needs for TLS; nothing where it is not asked for."""
+    certificate, key = settings.tls_certificate_file, settings.tls_key_file
+    if certificate is None and key is None:
+        return {}
+    if certificate is None or key is None:
+        missing = "tls_certificate_file" if certificate is None else "tls_key_file"
+        raise ConfigurationError(f"TLS needs a certificate and its key; {missing} is missing")
+    try:
+
+        def no_passphrase() -> str:
+            raise ValueError("the key has a passphrase, and nobody is here to type it")
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key, no_passphrase)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"TLS cannot be had with {certificate} and {key}: {error}"
+        ) from error
+    return {"ssl_certfile": certificate, "ssl_keyfile": key}
+
+
+def _listen(
+    host: str, port: int, scheme: str = "http", purpose: str = "listening"
+) -> socket.socket:
     """Binds before anything is loaded: an address in use is said at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio switches off Nagle's algorithm where a socket says that it is TCP: else the end of a
@@ -123,9 +208,9 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigurationError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; give another --host "
-            "or --port"
+            f"cannot listen on {host} port {port}: {error.strerror or error}; give another host "
+            "or port"
         ) from error
     shown = f"[{host}]" if ":" in host else host
-    _LOG.info("listening on http://%s:%d", shown, listener.getsockname()[1])
+    _LOG.info("%s on %s://%s:%d", purpose, scheme, shown, listener.getsockname()[1])
     return listener

@@ -22,7 +22,7 @@ from seqloss.records import (
     offsets_of,
     ranges,
 )
-from seqloss.runtime import ScoreOptions
+from seqloss.scorer import ScoreOptions
 
 _INTEGERS = ("INT32", "INT64")
 _FLAGS = ("BOOL", "UINT8", "INT8", *_INTEGERS)

@@ -19,7 +19,7 @@ from seqloss.http.tensors import (
 )
 from seqloss.loss.reduce import aggregate, mean_losses
 from seqloss.records import Int32Array, Ragged
-from seqloss.runtime import ScoredRequest
+from seqloss.scorer import ScoredRequest
 
 
 def _error_codes(scored: ScoredRequest) -> Int32Array:

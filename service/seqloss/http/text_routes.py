@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -22,6 +22,7 @@ from seqloss.http.scoring import (
     seconds_since_arrival,
     settings_of,
     stream_of,
+    tenant_of,
     timed_parse,
 )
 from seqloss.http.text_schemas import (
@@ -40,19 +41,13 @@ from seqloss.tokenization.encoder import EncodedPairs, TextEncoder
 router = APIRouter()
 
 
-async def _encoders_of(request: Request) -> Mapping[str, TextEncoder]:
-    """What makes ids of texts, by the names of models."""
-    encoders: Mapping[str, TextEncoder] = request.app.state.text_encoders
-    return encoders
-
-
 @router.post(
     "/loss/text",
     summary="Losses of texts given their sources",
     response_class=Response,
     responses={
         200: {"model": TextReply, "description": "As of /loss, with the tokens of the texts"},
-        **responses(400, 404, 408, 413, 415, 422, 429, 500, 503, 504),
+        **responses(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     },
     openapi_extra={
         "requestBody": {
@@ -64,19 +59,20 @@ async def _encoders_of(request: Request) -> Mapping[str, TextEncoder]:
 async def post_loss_text(
     request: Request,
     models: Annotated[Models, Depends(models_of)],
-    encoders: Annotated[Mapping[str, TextEncoder], Depends(_encoders_of)],
     settings: Annotated[Settings, Depends(settings_of)],
     metrics: Annotated[Metrics, Depends(metrics_of)],
 ) -> Response:
     """The same as for ids: the model's own tokenizer makes them, and the reply has its tokens."""
-    with metrics.inflight_requests.track_inprogress():
+    with metrics.inflight_requests.track_inprogress(), ExitStack() as stack:
         body = await read_json_body(request, settings)
         with timed_parse(request, metrics, "text"):
             text_request, index = await run_in_threadpool(
                 parse_text_request, body, settings.max_pairs_per_request
             )
-            runtime = model_named(models, text_request.model)
-            pairs = await run_in_threadpool(_encoded, encoders[runtime.name], text_request)
+            found = model_named(models, text_request.model, tenant_of(request))
+            # Until it is scored: the ids are this model's, and not those of its successor.
+            runtime = stack.enter_context(found.held())
+            pairs = await run_in_threadpool(_encoded, runtime.text_encoder, text_request)
         options = options_of(
             text_request, stream_of(request, settings), seconds_since_arrival(request)
         )

@@ -12,7 +12,7 @@ from seqloss.errors import Fault, InvalidRequestError, RequestTooLargeError
 from seqloss.http.columns import encode_reply, loss_reply, source_index_of
 from seqloss.http.schemas import Ints, LossReply, RequestOptions, StopAtFirst, parse_body
 from seqloss.records import Int64Array, RequestArrays
-from seqloss.runtime import ScoredRequest
+from seqloss.scorer import ScoredRequest
 from seqloss.tokenization.encoded import EncodedTexts
 from seqloss.tokenization.encoder import EncodedPairs, TextPairs
 

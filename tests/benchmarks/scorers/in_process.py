@@ -16,7 +16,8 @@ from seqloss.bundle.manifest import EngineName
 from seqloss.bundle.reader import open_bundle
 from seqloss.metrics import Metrics
 from seqloss.records import Ragged, RequestArrays
-from seqloss.runtime import LossRuntime, ScoreOptions
+from seqloss.runtime import LossRuntime
+from seqloss.scorer import ScoreOptions
 from seqloss.settings import load_settings
 
 

@@ -27,7 +27,7 @@ from seqloss.http.columns import arrays_of, encode_loss_reply
 from seqloss.http.schemas import parse_loss_request
 from seqloss.loss.reduce import LabelSmoothing, reduce_terms
 from seqloss.records import LengthLimits, Priority, Ragged, TokenTerms
-from seqloss.runtime import ScoredRequest, Usage
+from seqloss.scorer import ScoredRequest, Times, Usage
 
 _BODY_PAIRS, _BODY_TOKENS = 512, 30
 _BULK_PAIRS = 2048
@@ -165,6 +165,7 @@ def _way_of(body: bytes, clock: _Clock) -> None:
             queue_seconds=0.0,
             compute_seconds=0.0,
         ),
+        times=Times(0.0, [], 0.0),
     )
     timed("encode the reply", lambda: encode_loss_reply("bench", request, scored))
 
