@@ -45,7 +45,7 @@ class Server:
 
     def client(self) -> httpx.Client:
         """Speaks to the server once it is ready."""
-        address = self.read_until(r"listening on (http://\S+)").group(1)
+        address = self.read_until(r'listening on (http://[^\s"]+)').group(1)
         self.read_until("is ready on")
         return httpx.Client(base_url=address)
 
@@ -53,7 +53,7 @@ class Server:
     def address(self) -> str:
         """Where it is, once it is ready."""
         self.read_until("is ready on")
-        return self.read_until(r"listening on (http://\S+)").group(1)
+        return self.read_until(r'listening on (http://[^\s"]+)').group(1)
 
     def exit_status(self) -> int:
         """Waits for the end; `log` is whole afterwards."""

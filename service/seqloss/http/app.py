@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -22,7 +23,7 @@ from seqloss.engines.loader import load_engine
 from seqloss.errors import ConfigurationError, ReloadError
 from seqloss.http import admin, health, inference_v2, problems, routes, served_v2, text_routes
 from seqloss.http.keys import KeyMiddleware
-from seqloss.http.middleware import OnDone, RequestMiddleware
+from seqloss.http.middleware import RequestMiddleware
 from seqloss.http.request_log import log_request
 from seqloss.metrics import Metrics, ReloadOutcome
 from seqloss.models import ServedModels
@@ -33,6 +34,9 @@ from seqloss.tenants import Tenants, read_tenants
 # Replies are text; the fastest level takes most of what there is to gain.
 _COMPRESS_FROM_BYTES = 4096
 _COMPRESSION_LEVEL = 1
+
+if TYPE_CHECKING:
+    from seqloss.http.tracing import RequestTracer
 
 _LAG_EVERY_SECONDS = 0.25
 
@@ -80,27 +84,23 @@ def create_app(
     metrics = Metrics(registry or _process_registry())
     models = ServedModels(bundles, settings, metrics, load, on_fatal)
     keys = _Keys(settings)
+    tracer = _tracer(settings)
     app = FastAPI(
         title="seqloss",
         version=__version__,
         summary="The loss of an encoder-decoder model as a service",
-        lifespan=_lifespan(models, on_loaded),
+        lifespan=_lifespan(models, on_loaded, tracer),
         redirect_slashes=False,
         middleware=[
             Middleware(
                 RequestMiddleware,
                 metrics=metrics,
                 on_bug=problems.on_bug,
-                on_done=_told_of_requests(settings),
+                on_done=((log_request,) if settings.log_requests else ())
+                + ((tracer,) if tracer else ()),
             ),
             # Browsers ask for leave without a key.
-            Middleware(
-                CORSMiddleware,
-                allow_origins=settings.cors_origins,
-                allow_methods=["GET", "POST"],
-                allow_headers=_CORS_REQUEST_HEADERS,
-                expose_headers=_CORS_REPLY_HEADERS,
-            ),
+            *_cors(settings),
             Middleware(KeyMiddleware, tenants=lambda: keys.tenants),
             Middleware(
                 GZipMiddleware,
@@ -173,12 +173,34 @@ async def _reload(models: ServedModels, keys: _Keys) -> dict[str, ReloadOutcome]
     return await models.reload_all()
 
 
-def _told_of_requests(settings: Settings) -> tuple[OnDone, ...]:
-    return (log_request,) if settings.log_requests else ()
+def _cors(settings: Settings) -> list[Middleware]:
+    if not settings.cors_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=_CORS_REQUEST_HEADERS,
+            expose_headers=_CORS_REPLY_HEADERS,
+        )
+    ]
+
+
+def _tracer(settings: Settings) -> RequestTracer | None:
+    if not settings.traces:
+        return None
+    try:
+        from seqloss.http.tracing import RequestTracer  # noqa: PLC0415 - it need not be installed
+    except ImportError as error:
+        raise ConfigurationError(
+            f"SEQLOSS_TRACES needs {error.name}: pip install 'seqloss[tracing]'"
+        ) from error
+    return RequestTracer()
 
 
 def _lifespan(
-    models: ServedModels, on_loaded: Callable[[], None]
+    models: ServedModels, on_loaded: Callable[[], None], tracer: RequestTracer | None
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -198,6 +220,8 @@ def _lifespan(
         # A thread in a batch that never ends is not waited for.
         device.shutdown(wait=not models.is_stuck)
         host.shutdown()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
     return lifespan
 

@@ -169,6 +169,7 @@ def _problem(
         "errors": list(faults),
         "error": detail,
     }
+    request.state.facts["code"] = code
     headers = {}
     if status == HTTPStatus.REQUEST_TIMEOUT:
         headers["Connection"] = "close"  # what comes of the body now is nobody's request
