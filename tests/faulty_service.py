@@ -48,6 +48,11 @@ def slow(_: Batch) -> None:
     time.sleep(0.3)
 
 
+def bug(_: Batch) -> None:
+    """Raises what nobody foresaw."""
+    raise RuntimeError("a bug")
+
+
 class Countdown:
     """Fails for good after some batches."""
 
@@ -75,6 +80,7 @@ FAULTS: dict[str, Callable[[], Callable[[Batch], TokenTerms | None]]] = {
     "healthy": lambda: healthy,
     "out-of-memory": lambda: out_of_memory,
     "slow": lambda: slow,
+    "bug": lambda: bug,
     "dies": lambda: Countdown(10, _die),
     "hangs": lambda: Countdown(10, _hang),
 }

@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import IO
 
 import httpx
 
@@ -32,16 +34,32 @@ class Server:
             text=True,
             env=os.environ | environment,
         )
+        # Read by a thread, and by nobody else: a server does not wait for who reads its log.
+        stream, self.process.stderr = self.process.stderr, None
+        assert stream is not None
         self.log = ""
+        self._grown = threading.Condition()
+        self._has_ended = False
+        self._reader = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._reader.start()
+
+    def _read(self, stream: IO[str]) -> None:
+        with stream:
+            for line in stream:
+                with self._grown:
+                    self.log += line
+                    self._grown.notify_all()
+        with self._grown:
+            self._has_ended = True
+            self._grown.notify_all()
 
     def read_until(self, pattern: str) -> re.Match[str]:
-        """Reads the log until it holds the pattern; fails where it ends before."""
-        assert self.process.stderr is not None
-        while not (match := re.search(pattern, self.log)):
-            line = self.process.stderr.readline()
-            assert line, f"the log ended without {pattern!r}:\n{self.log}"
-            self.log += line
-        return match
+        """Waits until the log holds the pattern; fails where it ends before."""
+        with self._grown:
+            while not (match := re.search(pattern, self.log)):
+                assert not self._has_ended, f"the log ended without {pattern!r}:\n{self.log}"
+                self._grown.wait()
+            return match
 
     def client(self) -> httpx.Client:
         """Speaks to the server once it is ready."""
@@ -57,6 +75,6 @@ class Server:
 
     def exit_status(self) -> int:
         """Waits for the end; `log` is whole afterwards."""
-        _, rest = self.process.communicate(timeout=60)
-        self.log += rest
-        return self.process.returncode
+        status = self.process.wait(timeout=60)
+        self._reader.join()
+        return status

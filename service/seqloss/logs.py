@@ -1,22 +1,86 @@
-"""The log: lines for people, or a JSON object on each line for programs."""
+"""The log: lines for people, or a JSON object on each line for programs.
+
+Lines are written by a thread of their own.  Whoever reads them may stop to read, a terminal that is
+scrolled or a collector that is stuck; the service goes on, and says later how many lines it lost.
+"""
 
 from __future__ import annotations
 
+import atexit
 import logging
+import queue
+import sys
+import threading
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import orjson
 
 # What a line has beside its message: `_LOG.info("...", extra={FIELDS: {...}})`.
 FIELDS = "seqloss_fields"
 
+# Some 5 MB of lines that wait for a reader.
+_MOST_WAITING = 10_000
+# At the end nobody is waited for any longer.
+_LAST_SECONDS = 2.0
+
 
 def configure(log_format: Literal["text", "json"]) -> None:
     """Has everything that is logged from `INFO` on go to standard error."""
-    handler = logging.StreamHandler()
+    handler = WaitingLines(sys.stderr)
     handler.setFormatter(TextFormatter() if log_format == "text" else JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+class WaitingLines(logging.Handler):
+    """Formats at once and writes on a thread; what does not fit meanwhile is counted."""
+
+    def __init__(self, stream: TextIO, most_waiting: int = _MOST_WAITING) -> None:
+        super().__init__()
+        self._stream = stream
+        self._most_waiting = most_waiting
+        # One that a signal's handler may put into while its thread does.
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._num_lost = 0
+        self._thread = threading.Thread(target=self._write, name="seqloss-log", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Never waits."""
+        try:
+            line = self.format(record)
+        except Exception:  # what is logged is no reason to fail
+            self.handleError(record)
+            return
+        if self._lines.qsize() >= self._most_waiting:
+            self._num_lost += 1
+            return
+        if self._num_lost:
+            lost = f"{self._num_lost} lines of the log were lost: nobody read them"
+            told = logging.LogRecord(__name__, logging.WARNING, "", 0, lost, (), None)
+            line = f"{self.format(told)}\n{line}"
+            self._num_lost = 0
+        self._lines.put(line)
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                self._stream.write(line + "\n")
+                if self._lines.empty():
+                    self._stream.flush()
+            except (
+                OSError,
+                ValueError,
+            ):  # the reader is gone, or the stream closed: nobody to tell
+                return
+
+    def close(self) -> None:
+        """Writes what waits, for as long as somebody reads it."""
+        atexit.unregister(self.close)
+        self._lines.put(None)
+        self._thread.join(_LAST_SECONDS)
+        super().close()
 
 
 class TextFormatter(logging.Formatter):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import re
 import signal
 import ssl
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import httpx
 import orjson
 import pytest
 
-from seqloss.logs import FIELDS, JsonFormatter, TextFormatter
+from seqloss.logs import FIELDS, JsonFormatter, TextFormatter, WaitingLines
 from server import Server
 
 GOOD = {"source_ids": [[3, 4]], "target_ids": [[5, 2]]}
@@ -221,3 +224,70 @@ def test_every_line_of_a_service_is_json_where_that_is_asked_for(
     server.exit_status()
     lines = [orjson.loads(line) for line in server.log.splitlines()]
     assert [line["route"] for line in lines if line["logger"] == "seqloss.requests"] == ["/loss"]
+
+
+def logger_to(handler: WaitingLines) -> logging.Logger:
+    logger = logging.Logger("seqloss.waiting")
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    return logger
+
+
+def test_nobody_waits_for_who_reads_the_log() -> None:
+    """A full pipe holds up its writer for ever."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as reader, os.fdopen(writing, "w") as writer:
+        handler = WaitingLines(writer, most_waiting=10)
+        logger = logger_to(handler)
+        fillers = 200
+        for index in range(fillers):
+            logger.info("%d %s", index, "x" * 4096)
+        # Somebody reads again, and every line is there or is counted.
+        read, told = [], 0
+        while not told:
+            logger.info("late")
+            line = reader.readline()
+            read.append(line)
+            if match := re.fullmatch(r"(\d+) lines of the log were lost.*\n", line):
+                told = int(match[1])
+        whole = [int(line.split()[0]) for line in read if line.endswith("x\n")]
+        assert whole == list(range(len(whole)))
+        num_late = sum(line == "late\n" for line in read)
+        assert len(whole) < fillers
+        assert told >= fillers - len(whole)
+        assert num_late <= len(read) - len(whole)
+        drain = threading.Thread(target=reader.read)
+        drain.start()
+        handler.close()
+        writer.close()
+        drain.join()
+
+
+def test_whoever_stopped_to_read_does_not_keep_the_service_from_ending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("seqloss.logs._LAST_SECONDS", 0.05)
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as reader:
+        writer = os.fdopen(writing, "w")
+        handler = WaitingLines(writer, most_waiting=3)
+        logger = logger_to(handler)
+        for _ in range(50):
+            logger.info("x" * 4096)
+        handler.close()
+        drain = threading.Thread(target=reader.read)
+        drain.start()
+        handler._thread.join()
+        writer.close()
+        drain.join()
+
+
+def test_a_log_that_nobody_can_read_any_more_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    writer = os.fdopen(writing, "w")
+    handler = WaitingLines(writer)
+    logger_to(handler).info("to nobody")
+    handler.close()
+    with contextlib.suppress(BrokenPipeError):
+        writer.close()

@@ -139,6 +139,7 @@ class _DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Notes a signal."""
+        _LOG.info("got %s", signal.Signals(sig).name)
         if self.should_exit:
             self.force_exit = True
             if self._draining is not None:
