@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 BENCH_ARGS ?=
 
-.PHONY: help serve test test-long check bench bench-serving bench-corpus families demo-bundle demo-checkpoint constraints clean
+.PHONY: help serve test test-long check licenses audit bench bench-serving bench-corpus families demo-bundle demo-checkpoint constraints clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,16 @@ check: $(INSTALLED)  ## Format, lint, types, import rule, README
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/pip-licenses > /dev/null
 	$(BIN)/pytest tests/docs
+
+licenses: $(INSTALLED)  ## List the licences of all that is installed; others than those allowed fail
+	$(BIN)/pip-licenses --with-urls
+
+audit: $(INSTALLED)  ## Look for known vulnerabilities of what is pinned; needs a network
+	$(PYTHON) -m venv build/audit-venv
+	build/audit-venv/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3'
+	build/audit-venv/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 bench: $(INSTALLED)  ## Measure speed and memory; BENCH_ARGS=--help lists its arguments
 	@PYTHONPATH=tests $(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -69,11 +69,8 @@ class WaitingLines(logging.Handler):
                 self._stream.write(line + "\n")
                 if self._lines.empty():
                     self._stream.flush()
-            except (
-                OSError,
-                ValueError,
-            ):  # the reader is gone, or the stream closed: nobody to tell
-                return
+            except (OSError, ValueError):
+                return  # the reader is gone, and with it who could be told
 
     def close(self) -> None:
         """Writes what waits, for as long as somebody reads it."""
