@@ -181,7 +181,15 @@ def _range(text: str) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
+# How often a thread of a matrix product looks for the others before it sleeps, some 20 microseconds.
+# By default it looks for milliseconds, and keeps a core that the thread it waits for may need: where
+# another process has one of two cores, batches took 3 to 7 times as long; where none has, as long.
+_OPENMP_SPINS = "5000"
+
+
 def _serve(options: argparse.Namespace) -> int:
+    # Read when Torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", _OPENMP_SPINS)
     from seqloss.bundle.reader import open_bundle
     from seqloss.http.server import serve
 

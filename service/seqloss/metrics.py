@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -235,6 +235,17 @@ class ModelMetrics:
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._metrics = metrics
         self._model = model
+        # The first of a rare event is an increase, too.
+        for counter in (
+            metrics.cancelled_pairs,
+            metrics.deadline_missed,
+            metrics.oom,
+            metrics.batch_splits,
+            metrics.non_finite,
+        ):
+            counter.labels(model)
+        for outcome in get_args(ReloadOutcome):
+            metrics.reloads.labels(model, outcome)
 
     def watch_queue(self, state: Callable[[], Mapping[str, float]]) -> None:
         """Gauges of the queue show what `state` returns whenever they are read."""
