@@ -181,9 +181,9 @@ def _range(text: str) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
-# How often a thread of a matrix product looks for the others before it sleeps, some 20 microseconds.
-# By default it looks for milliseconds, and keeps a core that the thread it waits for may need: where
-# another process has one of two cores, batches took 3 to 7 times as long; where none has, as long.
+# How often a thread of a matrix product looks for the others before it sleeps: for microseconds. By
+# default it looks for milliseconds, and keeps a core that the thread it waits for may need: with
+# other processes on two cores batches took 3 to 7 times as long; without, they take the same time.
 _OPENMP_SPINS = "5000"
 
 
