@@ -570,9 +570,11 @@ def test_interactive_pairs_overtake_a_bulk_batch_that_was_formed_ahead() -> None
                 bulk = asyncio.create_task(service.score(simple(6, num_pairs=8), "bulk"))
                 await gate.entered.wait()
                 # The loop hears of the batch's begin after the engine does.
-                async with asyncio.timeout(10):
-                    while service.metric("queue_pairs") != 4:  # two go, two are formed ahead
-                        await asyncio.sleep(0)  # noqa: ASYNC110 - what changes it sets no event
+                for _ in range(100):  # steps of the loop, which has yet to form it
+                    if service.metric("queue_pairs") == 4:
+                        break
+                    await asyncio.sleep(0)
+                assert service.metric("queue_pairs") == 4, "two go, and two are formed ahead"
                 (urgent,) = await service.submit(simple(7))
                 gate.open()
             assert_scored(await urgent, simple(7))
