@@ -16,6 +16,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from seqloss.errors import ConfigurationError
 
 _PREFIX = "SEQLOSS_"
+# What seqloss-client reads, maybe on the same machine.
+_OF_THE_CLIENT = "SEQLOSS_API_KEY"
 
 
 def _split(value: Any) -> Any:
@@ -165,6 +167,7 @@ def load_settings(**given: Any) -> Settings:
         name
         for name in os.environ
         if name.upper().startswith(_PREFIX)
+        and name.upper() != _OF_THE_CLIENT
         and name[len(_PREFIX) :].lower() not in Settings.model_fields
     ]
     if unknown:

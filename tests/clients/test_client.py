@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -519,6 +520,32 @@ def test_closing_early_ends_pauses() -> None:
         next(results)
         results.close()
     assert not client_threads()
+
+
+# ---------------------------------------------------------------- keys
+
+KEY = "a-key-of-sixteen-and-more"
+
+
+def test_a_service_with_keys_is_told_the_key(
+    connect: Callable[..., Any],
+    make_client: Callable[..., TestClient],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the argument, or else by the environment."""
+    (tmp_path / "keys.toml").write_text(f'[tenants.a]\nkeys = ["{KEY}"]\npriorities = ["bulk"]')
+    served = make_client(api_keys_file=tmp_path / "keys.toml")
+    with pytest.raises(errors.Unauthorized):
+        connect(served).call("loss", SOURCES, TARGETS)
+    client = connect(served, api_key=KEY)
+    assert len(client.call("loss", SOURCES, TARGETS, priority="bulk").losses) == len(TARGETS)
+    with pytest.raises(errors.Forbidden):
+        client.call("loss", SOURCES, TARGETS, priority="interactive")
+    monkeypatch.setenv("SEQLOSS_API_KEY", KEY)
+    assert connect(served).call("models")
+    with pytest.raises(errors.Unauthorized):
+        connect(served, api_key="wrong").call("models")
 
 
 # ---------------------------------------------------------------- strings

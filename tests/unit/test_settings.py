@@ -26,6 +26,11 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         load_settings()
 
 
+def test_the_clients_key_is_no_misspelt_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQLOSS_API_KEY", "a-key-of-sixteen-and-more")
+    assert load_settings().api_keys_file is None
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("port", "70000"), ("max_batch_tokens", "0"), ("threads", "many"), ("device", "tpu")],

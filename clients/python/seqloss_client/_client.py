@@ -16,7 +16,7 @@ from seqloss_client._chunks import Grouping, chunks_of
 from seqloss_client._pace import Next, Pace, Window
 from seqloss_client._protocol import HowToScore, Protocol, bulk_options
 from seqloss_client._steps import Attempt, Conversation, Lost, Pause, Reply, Timing
-from seqloss_client._transport import CAUGHT, lost, reply_of, timeout_of
+from seqloss_client._transport import CAUGHT, key_headers, lost, reply_of, timeout_of
 from seqloss_client.models import (
     Chunk,
     LossResult,
@@ -40,7 +40,8 @@ class LossClient:
         model: the name of the model; None where only one is served.
         timeout: seconds to wait for each reply of a call without a deadline of its own.
         retries: how often a request that met no service, or a busy one, is sent again.
-        headers: sent with every request, `Authorization` for example.
+        api_key: for a service that asks for one; None for that of `SEQLOSS_API_KEY`, if any.
+        headers: sent with every request.
         http: a client of yours, with its own transport, certificates or proxies; it stays open.
         timing: clocks, sleep and chance, for tests.
     """
@@ -52,6 +53,7 @@ class LossClient:
         model: str | None = None,
         timeout: float = 60.0,
         retries: int = 5,
+        api_key: str | None = None,
         headers: Mapping[str, str] | None = None,
         http: httpx.Client | None = None,
         timing: Timing | None = None,
@@ -60,7 +62,7 @@ class LossClient:
         self._protocol = Protocol(
             base_url,
             model=model,
-            headers=headers or {},
+            headers=key_headers(api_key) | dict(headers or {}),
             retries=retries,
             reply_seconds=timeout,
             timing=self._timing,

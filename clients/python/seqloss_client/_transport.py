@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import httpx
 
 from seqloss_client._steps import Attempt, Lost, Reply
@@ -13,6 +15,12 @@ CAUGHT = (httpx.TransportError, httpx.DecodingError)
 """What httpx raises where there is no reply."""
 
 _SAME_AGAIN = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
+
+
+def key_headers(api_key: str | None) -> dict[str, str]:
+    """What tells the service who asks: the key that is given, or that of the environment."""
+    key = os.environ.get("SEQLOSS_API_KEY") if api_key is None else api_key
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def timeout_of(attempt: Attempt) -> httpx.Timeout:
