@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -188,6 +189,8 @@ _OPENMP_SPINS = "5000"
 
 
 def _serve(options: argparse.Namespace) -> int:
+    if hasattr(signal, "SIGHUP"):  # until it can reload: by default it would end the process
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Read when Torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", _OPENMP_SPINS)
     from seqloss.bundle.reader import open_bundle

@@ -7,10 +7,12 @@ scrolled or a collector that is stuck; the service goes on, and says later how m
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import queue
 import sys
 import threading
+import time
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
@@ -21,6 +23,7 @@ FIELDS = "seqloss_fields"
 
 # Some 5 MB of lines that wait for a reader.
 _MOST_WAITING = 10_000
+_PAUSE_SECONDS = 0.1
 # At the end nobody is waited for any longer.
 _LAST_SECONDS = 2.0
 
@@ -40,8 +43,9 @@ class WaitingLines(logging.Handler):
         self._stream = stream
         self._most_waiting = most_waiting
         # One that a signal's handler may put into while its thread does.
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
         self._num_lost = 0
+        self._counting = threading.RLock()
         self._thread = threading.Thread(target=self._write, name="seqloss-log", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -54,23 +58,44 @@ class WaitingLines(logging.Handler):
             self.handleError(record)
             return
         if self._lines.qsize() >= self._most_waiting:
-            self._num_lost += 1
+            with self._counting:
+                self._num_lost += 1
             return
-        if self._num_lost:
-            lost = f"{self._num_lost} lines of the log were lost: nobody read them"
-            told = logging.LogRecord(__name__, logging.WARNING, "", 0, lost, (), None)
-            line = f"{self.format(told)}\n{line}"
-            self._num_lost = 0
         self._lines.put(line)
+
+    def _missing(self, num_lost: int) -> str:
+        """What is said before the next line."""
+        if not num_lost:
+            return ""
+        message = f"{num_lost} lines of the log were lost: nobody read them"
+        told = logging.LogRecord(__name__, logging.WARNING, "", 0, message, (), None)
+        return f"{self.format(told)}\n"
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
+            told = self._num_lost
             try:
-                self._stream.write(line + "\n")
+                if isinstance(line, str):
+                    self._stream.write(f"{self._missing(told)}{line}\n")
+                    with self._counting:
+                        self._num_lost -= told
                 if self._lines.empty():
                     self._stream.flush()
-            except (OSError, ValueError):
-                return  # the reader is gone, and with it who could be told
+            except (BrokenPipeError, ValueError):
+                return  # the reader is gone, or the stream closed, and with it who could be told
+            except OSError:  # a full disk, or a reader that is slow: maybe not for ever
+                with self._counting:
+                    self._num_lost += 1
+                time.sleep(_PAUSE_SECONDS)
+            if isinstance(line, threading.Event):
+                line.set()
+
+    def flush(self) -> None:
+        """Waits until what was logged is written, for as long as somebody reads it."""
+        if self._thread.is_alive():
+            written = threading.Event()
+            self._lines.put(written)
+            written.wait(_LAST_SECONDS)
 
     def close(self) -> None:
         """Writes what waits, for as long as somebody reads it."""
@@ -108,4 +133,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        try:
+            return orjson.dumps(line, default=str).decode()
+        except orjson.JSONEncodeError:  # a file's name that is not UTF-8, for example
+            return json.dumps(line, default=str)

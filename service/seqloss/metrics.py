@@ -168,7 +168,7 @@ class Metrics:
             "cancelled_pairs_total", "Pairs whose client went away or ran out of time", ["model"]
         )
         self.tenant_tokens = counter(
-            "tenant_tokens_total", "Tokens of requests that were answered", ["tenant"]
+            "tenant_tokens_total", "Tokens that were computed for a tenant", ["tenant"]
         )
         self.reloads = counter("reloads_total", "Bundles loaded anew", ["model", "outcome"])
         self.deadline_missed = counter(

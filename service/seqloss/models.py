@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from seqloss.batching.loop import Threads
 from seqloss.bundle.reader import Bundle
 from seqloss.engines.loader import load_engine
-from seqloss.errors import NotReadyError, ReloadError, SeqlossError
+from seqloss.errors import NotReadyError, ReloadError
 from seqloss.metrics import Metrics, ReloadOutcome
 from seqloss.runtime import LoadEngine, LossRuntime
 from seqloss.settings import Settings
@@ -91,6 +91,8 @@ class ServedModels(Mapping[str, LossRuntime]):
                 raise NotReadyError("the service is starting or shutting down")
             try:
                 outcome = await self._replace(old, self._threads)
+            except NotReadyError:
+                raise
             except Exception as error:
                 self._metrics.model(name).reloaded("failed")
                 _LOG.exception("the bundle of model %r was not reloaded", name)
@@ -111,6 +113,8 @@ class ServedModels(Mapping[str, LossRuntime]):
             await new.load(threads, loading)
         finally:
             loading.shutdown(wait=False)
+            if new.is_stuck:
+                self._retired.append(new)
         if self._is_draining:
             await new.close()
             raise NotReadyError("the service is shutting down")
@@ -130,12 +134,16 @@ class ServedModels(Mapping[str, LossRuntime]):
         _LOG.info("model %r: the bundle %.12s is gone", old.name, old.bundle.digest)
 
     async def reload_all(self) -> dict[str, ReloadOutcome]:
-        """Reloads every model; what cannot be is in the log, and the others are all the same."""
+        """Reloads every model; what cannot be is in the log, and the others are all the same.
+
+        Raises:
+            NotReadyError: the service is shutting down.
+        """
         outcomes: dict[str, ReloadOutcome] = {}
         for name in self:
             try:
                 outcomes[name] = await self.reload(name)
-            except SeqlossError:
+            except ReloadError:
                 outcomes[name] = "failed"
         return outcomes
 
@@ -143,7 +151,8 @@ class ServedModels(Mapping[str, LossRuntime]):
         """Answers the admitted requests of all, and refuses new ones."""
         self._is_draining = True
         await asyncio.gather(*(runtime.drain() for runtime in self._all()))
-        await asyncio.gather(*self._retiring)
+        if self._retiring:
+            await asyncio.wait(self._retiring, timeout=self._settings.drain_timeout_seconds)
 
     async def close(self) -> None:
         """Drains what is not drained yet, and frees the device."""

@@ -77,6 +77,7 @@ class LossRuntime:
         self._cost = CostModel()
         self._threads: Threads | None = None
         self._is_drained = False
+        self._is_warming_up_for_ever = False
         self._num_holders = 0
         self._is_let_go = asyncio.Event()
 
@@ -134,13 +135,28 @@ class LossRuntime:
         )
         if self._state == "loading":
             self._reason = "the model is being warmed up"
+        warming = loop.run_in_executor(threads.device, self._warm_up, self._engine)
+        if loading is not threads.device:
+            await self._watch(warming)
         try:
-            self.max_batch_tokens, self._cost = await loop.run_in_executor(
-                threads.device, self._warm_up, self._engine
-            )
+            self.max_batch_tokens, self._cost = await warming
         except Exception:
             await self._free()
             raise
+
+    async def _watch(self, warming: asyncio.Future[tuple[int, CostModel]]) -> None:
+        """Other models wait for the device meanwhile, and maybe for ever.
+
+        Raises:
+            EngineDeadError: it took longer than any batch may; the device is told to be gone.
+        """
+        seconds = self._settings.max_forward_seconds
+        await asyncio.wait({warming}, timeout=seconds)
+        if not warming.done():
+            self._is_warming_up_for_ever = True
+            error = EngineDeadError(f"a new bundle was not warmed up within {seconds:g} s")
+            self._died(error)
+            raise error
 
     def _warm_up(self, engine: Engine) -> tuple[int, CostModel]:
         settings = self._settings
@@ -211,7 +227,11 @@ class LossRuntime:
             await self._is_let_go.wait()
         if self._batcher is not None and not self._is_drained:
             self._is_drained = True
-            await self._batcher.drain(self._settings.drain_timeout_seconds)
+            settings = self._settings
+            # Nobody waits for its last batch, but for the device.
+            await self._batcher.drain(settings.drain_timeout_seconds, settings.max_forward_seconds)
+            if self._batcher.is_stuck:
+                self._died(EngineDeadError("the last batch of an old bundle never ended"))
         await self._free()
 
     async def drain(self) -> None:
@@ -240,7 +260,8 @@ class LossRuntime:
     @property
     def is_stuck(self) -> bool:
         """Whether the device's thread is in a batch that will never end."""
-        return self._batcher is not None and self._batcher.is_stuck
+        has_stuck_batch = self._batcher is not None and self._batcher.is_stuck
+        return has_stuck_batch or self._is_warming_up_for_ever
 
     async def score(self, request: RequestArrays, options: ScoreOptions) -> ScoredRequest:
         """Checks, queues, scores and reduces: see `Scorer.score`.

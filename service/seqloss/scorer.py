@@ -18,8 +18,6 @@ from seqloss.errors import (
     Fault,
     InvalidRequestError,
     NonFiniteError,
-    NotReadyError,
-    OverloadedError,
     PairTooLargeError,
     RequestTooLargeError,
 )
@@ -172,27 +170,27 @@ class Scorer:
         )
 
     async def _computed(self, checked: Checked, options: ScoreOptions, spent: float) -> Outcome:
-        """Terms of the pairs; their tokens are the tenant's, unless they were not admitted."""
+        """Terms of the pairs; tokens that went into batches are the tenant's."""
         num_tokens = checked.pairs.num_tokens
         quota = options.tenant.quota
         if quota is not None:
             quota.take(num_tokens)
         left = float("inf") if options.seconds_left is None else options.seconds_left - spent
-        try:
-            outcome = await self._batcher.score(
-                checked.pairs,
-                priority=options.priority,
-                with_ranks_and_entropies=options.with_ranks_and_entropies,
-                seconds_left=left,
-                tenant=options.tenant.name,
-                reproducible=options.reproducible,
-            )
-        except (OverloadedError, RequestTooLargeError, NotReadyError):
+
+        def not_computed(num_left_out: int) -> None:
             if quota is not None:
-                quota.give_back(num_tokens)
-            raise
-        self._metrics.tenant_tokens(options.tenant.name, num_tokens)
-        return outcome
+                quota.give_back(num_left_out)
+            self._metrics.tenant_tokens(options.tenant.name, num_tokens - num_left_out)
+
+        return await self._batcher.score(
+            checked.pairs,
+            priority=options.priority,
+            with_ranks_and_entropies=options.with_ranks_and_entropies,
+            seconds_left=left,
+            tenant=options.tenant.name,
+            reproducible=options.reproducible,
+            not_computed=not_computed,
+        )
 
     def _refuse_too_many(self, request: RequestArrays) -> None:
         limit = self._max_pairs

@@ -22,7 +22,9 @@ _OF_THE_CLIENT = "SEQLOSS_API_KEY"
 
 def _split(value: Any) -> Any:
     """A text of words between commas; anything else as it is."""
-    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return tuple(word for part in value.split(",") if (word := part.strip()))
 
 
 def _known_device(name: str) -> str:

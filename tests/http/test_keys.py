@@ -151,6 +151,13 @@ def test_what_cannot_be_scored_costs_nothing(service: Any) -> None:
     assert post(service, SMALL).status_code == 200
 
 
+def test_what_was_given_up_before_it_was_computed_costs_nothing(service: Any) -> None:
+    for _ in range(20):
+        response = post(service, SMALL, ONE | {"timeout_ms": 0.001})
+        assert code_of(response, 504) == "deadline_exceeded"
+    assert post(service, SMALL).status_code == 200
+
+
 def test_tokens_are_counted_by_tenant(service: Any) -> None:
     num_tokens = sum(len(row) for side in ("source_ids", "target_ids") for row in GOOD[side])
     for _ in range(3):

@@ -103,6 +103,7 @@ class Job:
     batch_times: list[BatchTimes] = field(default_factory=list)
     _order: Int64Array | None = None
     _num_passed: int = 0
+    _num_dropped: int = 0
     _num_held: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -156,7 +157,14 @@ class Job:
 
     def drop_waiting(self) -> None:
         """None of its pairs waits any more."""
+        self._num_dropped += self.num_waiting
         self.num_waiting = 0
+
+    @property
+    def num_tokens_left_out(self) -> int:
+        """Of pairs that are in no batch, by their share of all pairs."""
+        left_out = self.num_waiting + self._num_dropped
+        return self.num_tokens * left_out // max(1, len(self.pairs))
 
     def release_tokens(self, *, all_of_them: bool = False) -> int:
         """Tokens of the queue's budget that it needs no more since it was asked last."""

@@ -123,7 +123,7 @@ class Batcher:
 
     # ------------------------------------------------------------ callers
 
-    async def score(
+    async def score(  # noqa: PLR0913 - what there is to say of a request, each with a default
         self,
         pairs: Pairs,
         *,
@@ -132,6 +132,7 @@ class Batcher:
         seconds_left: float = float("inf"),
         tenant: str = "",
         reproducible: bool = False,
+        not_computed: Callable[[int], None] = lambda _: None,
     ) -> Outcome:
         """Queues all pairs of a request, or none, and waits until they are scored.
 
@@ -144,6 +145,7 @@ class Batcher:
             seconds_left: until nobody waits for it any more.
             tenant: whose it is; those who wait take turns.
             reproducible: whether it shares batches with no other request.
+            not_computed: told at the end how many of its tokens were in no batch.
 
         Raises:
             RequestTooLargeError: it would not fit an empty queue.
@@ -165,14 +167,20 @@ class Batcher:
             deadline=now + seconds_left,
             reproducible=reproducible,
         )
+        try:
+            return await self._outcome(job, seconds_left)
+        finally:
+            not_computed(job.num_tokens_left_out)
+
+    async def _outcome(self, job: Job, seconds_left: float) -> Outcome:
         if self._death:
             raise EngineDeadError(self._death.detail)
         if self._is_closed:
             raise NotReadyError("the service is shutting down", retry_after_seconds=1)
         if seconds_left <= 0:
             raise self._missed()
-        self._admission.reserve(priority, job.num_tokens, seconds_left)
-        if len(pairs) == 0:
+        self._admission.reserve(job.priority, job.num_tokens, seconds_left)
+        if len(job.pairs) == 0:
             self._let_go(job)
             return job.outcome()
         self._queue.add(job)
@@ -191,10 +199,13 @@ class Batcher:
             self._let_go(job)
         return job.outcome()
 
-    async def drain(self, timeout_seconds: float) -> None:
+    async def drain(
+        self, timeout_seconds: float, last_batch_seconds: float = _LAST_BATCH_SECONDS
+    ) -> None:
         """Refuses new requests, finishes the admitted ones, and stops.
 
-        Whoever is still waiting after the timeout gets NotReadyError.
+        Whoever is still waiting after the timeout gets NotReadyError. A batch that is still
+        computed then is waited for a little longer; beyond that `is_stuck` says so.
         """
         self._is_closed = True
         try:
@@ -206,8 +217,10 @@ class Batcher:
             self._task.cancel()
             self._drop_ahead()
         if self._forwarding is not None:
-            _, running = await asyncio.wait({self._forwarding}, timeout=_LAST_BATCH_SECONDS)
-            self.is_stuck = bool(running)
+            try:
+                await asyncio.wait({self._forwarding}, timeout=last_batch_seconds)
+            finally:
+                self.is_stuck = not self._forwarding.done()
         await asyncio.gather(self._task, *self._scattering, return_exceptions=True)
 
     def _missed(self) -> DeadlineExceededError:

@@ -8,26 +8,39 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 
-from seqloss.errors import UnknownModelError
+from seqloss.errors import ForbiddenError, ReloadError, UnknownModelError
 from seqloss.http.problems import responses
 from seqloss.http.scoring import models_of
 from seqloss.metrics import ReloadOutcome
 from seqloss.models import ServedModels
 
-router = APIRouter(prefix="/admin")
+
+async def _not_from_a_page(request: Request) -> None:
+    """An operator's browser reaches this port, and so would any page that is open in it."""
+    if "origin" in request.headers:
+        raise ForbiddenError("no page of a browser may ask for this")
+
+
+router = APIRouter(prefix="/admin", dependencies=[Depends(_not_from_a_page)])
 
 
 class ReloadReply(BaseModel):
-    """What became of each model: `failed` ones go on as they were, and the log says why."""
+    """What became of each model."""
 
     outcomes: dict[str, ReloadOutcome]
 
 
 @router.post("/reload", summary="Load all bundles and API keys anew", responses=responses(422, 503))
 async def post_reload(request: Request) -> ReloadReply:
-    """As SIGHUP does; answered when it is done. No request fails meanwhile."""
+    """As SIGHUP does; answered when it is done. No request fails meanwhile.
+
+    422 where a bundle cannot be served: it goes on as it was, and the others are loaded.
+    """
     reload: Callable[[], Awaitable[dict[str, ReloadOutcome]]] = request.app.state.reload
-    return ReloadReply(outcomes=await reload())
+    outcomes = await reload()
+    if failed := [name for name, outcome in outcomes.items() if outcome == "failed"]:
+        raise ReloadError(f"these go on as they were, the log says why: {', '.join(failed)}")
+    return ReloadReply(outcomes=outcomes)
 
 
 @router.post(

@@ -124,11 +124,15 @@ def create_app(
 def create_admin_app(app: FastAPI) -> FastAPI:
     """What the second port answers for the application: health, metrics, reloads; to anybody."""
     second = FastAPI(
-        title="seqloss, for operators",
-        version=__version__,
+        openapi_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(RequestMiddleware, metrics=app.state.metrics, on_bug=problems.on_bug)
+            Middleware(
+                RequestMiddleware,
+                metrics=app.state.metrics,
+                on_bug=problems.on_bug,
+                on_done=(log_request,) if app.state.settings.log_requests else (),
+            )
         ],
     )
     second.state = app.state
@@ -196,7 +200,10 @@ def _tracer(settings: Settings) -> RequestTracer | None:
         raise ConfigurationError(
             f"SEQLOSS_TRACES needs {error.name}: pip install 'seqloss[tracing]'"
         ) from error
-    return RequestTracer()
+    try:
+        return RequestTracer()
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"a variable OTEL_... is wrong: {error}") from error
 
 
 def _lifespan(

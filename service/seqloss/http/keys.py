@@ -12,7 +12,7 @@ from seqloss.errors import AuthenticationError
 from seqloss.http.problems import response_to
 from seqloss.tenants import Tenant, Tenants
 
-# Whoever looks after the process has no key, and a page that asks for one has none yet.
+# Whoever looks after the process has no key.
 _OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import time
@@ -17,9 +18,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from seqloss.metrics import Metrics
 from seqloss.scorer import Times
 
+_LOG = logging.getLogger(__name__)
+
 OnBug = Callable[[Request, Exception], Awaitable[Response]]
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_PROBES = frozenset(
+    {"/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics"}
+)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -52,6 +58,11 @@ class RequestRecord:
     timings: Mapping[str, float]
     parsed: tuple[float, float] | None
     times: Times | None
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether it is one of those that come every few seconds from who watches the service."""
+        return self.route in _PROBES
 
 
 OnDone = Callable[[RequestRecord], None]
@@ -133,4 +144,7 @@ class RequestMiddleware:
                 record.finished - started
             )
             for tell in self._on_done:
-                tell(record)
+                try:
+                    tell(record)
+                except Exception:  # it is answered: what is told of it is no reason to fail
+                    _LOG.exception("request %s could not be told of", request_id)

@@ -10,15 +10,10 @@ from seqloss.logs import FIELDS
 
 _LOG = logging.getLogger("seqloss.requests")
 
-# Asked for every few seconds by those who watch the service.
-_QUIET_ROUTES = frozenset(
-    {"/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics"}
-)
-
 
 def log_request(record: RequestRecord) -> None:
     """Counts and times, never ids, texts or keys: facts hold none."""
-    if record.route in _QUIET_ROUTES:
+    if record.is_probe:
         return
     fields: dict[str, Any] = {
         "request_id": record.request_id,

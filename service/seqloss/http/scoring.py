@@ -60,9 +60,11 @@ def model_named(models: Models, name: str | None, tenant: Tenant) -> LossRuntime
     """
     its = [one for one in models if tenant.may_use(one)]
     served = ", ".join(its) or "none"
+    if name is None and len(its) > 1:
+        raise InvalidRequestError(f"several models are served; name one of: {served}")
     if name is None:
-        if len(its) != 1:
-            raise InvalidRequestError(f"name the model; served are: {served}")
+        if not its:
+            raise ForbiddenError("this key may use none of the models that are served")
         return models[its[0]]
     if name not in models:
         raise UnknownModelError(f"there is no model {name[:100]!r}; served are: {served}")

@@ -107,6 +107,13 @@ async def _serve(
         return
     second_server, its_listener = second
     answering = asyncio.create_task(second_server.serve(sockets=[its_listener]))
+
+    def on_end(_: asyncio.Task[None]) -> None:
+        if not second_server.should_exit:
+            _LOG.critical("the second port answers no more")
+            server.should_exit = True
+
+    answering.add_done_callback(on_end)
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -136,6 +143,16 @@ class _DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._models = models
         self._draining: asyncio.Future[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Raises the signal again once all that was logged is written: that ends the process."""
+        with super().capture_signals():
+            try:
+                yield
+            finally:
+                for handler in logging.getLogger().handlers:
+                    handler.flush()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Notes a signal."""
@@ -206,6 +223,7 @@ def _listen(
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(_WAITING_CONNECTIONS)
     except OSError as error:
         listener.close()
         raise ConfigurationError(

@@ -6,6 +6,8 @@ way tracing does nothing, and where it is off this module is not imported.
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -21,6 +23,10 @@ from seqloss.http.middleware import RequestRecord
 
 _NANOSECONDS = 1e9
 _SERVER_ERROR = 500
+# A service that ends has no more time than its supervisor gives it.
+_LAST_SECONDS = 5.0
+# It repeats headers that are malformed: anything may stand there.
+logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)
 
 
 class Stage(NamedTuple):
@@ -58,6 +64,8 @@ class RequestTracer:
 
     def __call__(self, record: RequestRecord) -> None:
         """Makes the spans of a request, as a part of its caller's trace where it names one."""
+        if record.is_probe:
+            return
         # Both clocks now: between them lies the same for all times of this request.
         epoch = time.time() - time.monotonic()
 
@@ -85,8 +93,10 @@ class RequestTracer:
         whole.end(nanoseconds(record.finished))
 
     def close(self) -> None:
-        """Exports what is left; for a collector that is away, `OTEL_EXPORTER_OTLP_TIMEOUT`."""
-        self._provider.shutdown()
+        """Exports what is left, unless the collector takes too long for it."""
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(_LAST_SECONDS)
 
 
 def _attributes_of(record: RequestRecord) -> dict[str, str | int | float]:
