@@ -209,7 +209,11 @@ def _serve(options: argparse.Namespace) -> int:
 def _settings(options: argparse.Namespace) -> Settings:
     given = vars(options).items()
     return load_settings(
-        **{name: value for name, value in given if name in Settings.model_fields and value}
+        **{
+            name: value
+            for name, value in given
+            if name in Settings.model_fields and value is not None
+        }
     )
 
 

@@ -26,6 +26,11 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         load_settings()
 
 
+def test_an_empty_flag_is_refused_and_not_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "nowhere", "--port", ""]) == 2
+    assert "port" in capsys.readouterr().err
+
+
 def test_the_clients_key_is_no_misspelt_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEQLOSS_API_KEY", "a-key-of-sixteen-and-more")
     assert load_settings().api_keys_file is None
