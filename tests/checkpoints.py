@@ -146,7 +146,9 @@ RECIPES: dict[str, Recipe] = {
     "umt5": Recipe(
         "UMT5ForConditionalGeneration", _T5 | {"feed_forward_proj": "gated-gelu"}, sharpness=8
     ),
-    "blenderbot-small": Recipe("BlenderbotSmallForConditionalGeneration", _BART),
+    "blenderbot-small": Recipe(
+        "BlenderbotSmallForConditionalGeneration", _BART | {"scale_embedding": True}
+    ),
     "plbart": Recipe("PLBartForConditionalGeneration", _BART),
     "mvp": Recipe("MvpForConditionalGeneration", _BART),
     "bigbird_pegasus": Recipe("BigBirdPegasusForConditionalGeneration", _BART, sharpness=2.5),
@@ -190,6 +192,15 @@ RECIPES: dict[str, Recipe] = {
 FAMILIES = tuple(RECIPES)
 # Whose losses are compared in all ways; the others share their code, or are rare.
 MAIN_FAMILIES = ("marian", "bart", "m2m_100", "t5")
+
+
+def wide(family: str) -> dict[str, int]:
+    """Changes of a family's recipe after which there is a kernel for each of its sizes.
+
+    Kernels are for attention heads of 16 or a multiple of it.
+    """
+    config: Any = RECIPES[family].config
+    return {"d_model": 64, "d_kv": 16} if "d_kv" in config else {"d_model": 64}
 
 
 def make_model(family: str, **changes: Any) -> PreTrainedModel:

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from fakes import FakeEngine, fake_bundle
 from seqloss.bundle.manifest import MANIFEST_NAME, EngineName, Precision
 from seqloss.bundle.reader import Bundle, open_bundle
 from seqloss.engines.base import Engine
+from seqloss.engines.upgrading import UpgradingEngine
 from seqloss.http.app import create_app
 from seqloss.settings import Settings
 from server import Server
@@ -48,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--soak-seconds", type=float, default=60, help="how long the soak test goes on"
     )
     parser.addoption(
-        "--kills", type=int, default=3, help="how often a run of seqloss-client score is killed"
+        "--kills", type=int, default=3, help="how often whoever scores, or asks for it, is killed"
     )
     parser.addoption(
         "--service-kills", type=int, default=1, help="how often the service behind it is"
@@ -84,25 +86,27 @@ def engine_name(request: pytest.FixtureRequest) -> EngineName:
 
 
 @pytest.fixture(scope="session")
-def export_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, EngineName], Bundle]:
+def export_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
     """Exports a family's random checkpoint, `demo` or `oracle`; each once per run and engine.
 
-    Tests that run in several processes share what any of them exported.
+    `wide-` before a family's name asks for sizes that all kernels have, `generic` for transformers'
+    own graph where there is a native one. Tests that run in several processes share what any of
+    them exported.
     """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    made: dict[tuple[str, EngineName], Bundle] = {}
+    made: dict[Path, Bundle] = {}
 
-    def make(name: str, engine: EngineName) -> Bundle:
-        if (name, engine) not in made:
-            mine = folder / f"{name}-{engine}"
+    def make(name: str, engine: EngineName, *, generic: bool = False) -> Bundle:
+        mine = folder / f"{name}-{engine}{'-generic' if generic else ''}"
+        if mine not in made:
             mine.mkdir(exist_ok=True)
             with _locked(folder / f"{mine.name}.lock"):
                 if not (mine / "bundle" / MANIFEST_NAME).is_file():
-                    _export(name, engine, mine)
-            made[name, engine] = open_bundle(mine / "bundle")
-        return made[name, engine]
+                    _export(name, engine, mine, generic=generic)
+            made[mine] = open_bundle(mine / "bundle")
+        return made[mine]
 
     return make
 
@@ -116,15 +120,21 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def bundle_of(
-    engine_name: EngineName, export_once: Callable[[str, EngineName], Bundle]
-) -> Callable[[str], Bundle]:
+def bundle_of(engine_name: EngineName, export_once: Callable[..., Bundle]) -> Callable[..., Bundle]:
     """As `export_once`, of the engine that the test is for."""
     return functools.partial(export_once, engine=engine_name)
 
 
-def _export(name: str, engine: EngineName, folder: Path) -> None:
-    from checkpoints import MAIN_FAMILIES, save_checkpoint
+@pytest.fixture(scope="session", name="kernel_library")
+def _kernel_library() -> Any:
+    """See `compiled_kernels.kernel_library`."""
+    from compiled_kernels import kernel_library
+
+    return kernel_library()
+
+
+def _export(name: str, engine: EngineName, folder: Path, *, generic: bool) -> None:
+    from checkpoints import MAIN_FAMILIES, save_checkpoint, wide
     from seqloss.demo import BACKWARD_CHECKPOINT, CHECKPOINT
     from seqloss.export.exporter import ExportOptions, export_checkpoint
 
@@ -139,12 +149,15 @@ def _export(name: str, engine: EngineName, folder: Path) -> None:
         # Its classes 43 to 93 are source ids, which the softmax is not over.
         checkpoint = ORACLE
         options = ExportOptions(engines=(engine,), excluded_classes=((43, 93),))
+    elif (family := name.removeprefix("wide-")) != name:
+        checkpoint = save_checkpoint(family, folder / "checkpoint", **wide(family))
+        options = ExportOptions(engines=(engine,), precisions=("float32", "bfloat16"))
     else:
         checkpoint = save_checkpoint(name, folder / "checkpoint")
         if name in MAIN_FAMILIES:
             lower: Precision = "bfloat16" if engine == "torch" else "int8"
             options = ExportOptions(engines=(engine,), precisions=("float32", lower))
-    export_checkpoint(str(checkpoint), folder / "bundle", options)
+    export_checkpoint(str(checkpoint), folder / "bundle", replace(options, generic=generic))
 
 
 class KeptEngine:
@@ -170,7 +183,10 @@ def load_once() -> Callable[..., Engine]:
     def load(bundle: Bundle, *options: Any) -> Engine:
         key = (bundle.digest, *options)
         if key not in loaded:
-            loaded[key] = KeptEngine(load_engine(bundle, *options))
+            engine = load_engine(bundle, *options)
+            if isinstance(engine, UpgradingEngine):
+                engine._thread.join()  # which of its two engines a test meets must not be chance
+            loaded[key] = KeptEngine(engine)
         return loaded[key]
 
     return load

@@ -71,15 +71,22 @@ def fake_nll(source: list[int], decoder_input: int, label: int) -> float:
 class FakeEngine:
     """Scores with `fake_nll`; `before` may raise, or return terms of its own."""
 
-    def __init__(self, before: Callable[[Batch], TokenTerms | None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        before: Callable[[Batch], TokenTerms | None] = lambda _: None,
+        *,
+        device: str = "cpu",
+        makes_logits: bool = False,
+    ) -> None:
         self.batches: list[Batch] = []
         self.closed = False
         self.memory_releases = 0
         self._before = before
+        self._info = EngineInfo("torch", device, "float32", "fake", makes_logits=makes_logits)
 
     @property
     def info(self) -> EngineInfo:
-        return EngineInfo("torch", "cpu", "float32", "fake")
+        return self._info
 
     def score(self, batch: Batch) -> TokenTerms:
         self.batches.append(batch)

@@ -78,6 +78,12 @@ _BATCHES = Row(
             by_model("seqloss_token_budget", "min"),
         ),
         Panel(
+            "Compiled kernels",
+            "1 where kernels compiled for the CPU compute; at 0 the engine's own operators do, at "
+            "about half the speed of kernels where there could be some.",
+            by_model("seqloss_compiled_kernels", "min"),
+        ),
+        Panel(
             "Device memory",
             "Of a GPU, as the engine counts it; there is none of a CPU.",
             (

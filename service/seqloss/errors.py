@@ -26,6 +26,7 @@
     ├── ReloadError               a bundle that cannot take the place of the one that is served
     ├── BundleError               a folder that is not a bundle that can be trusted
     ├── CheckpointError           a checkpoint that cannot be exported
+    ├── KernelsUnavailableError   none can be compiled for this machine
     └── ConfigurationError        settings or arguments that contradict each other
 
 Nothing here knows HTTP: `seqloss.http.problems` holds the one table from classes to statuses.
@@ -244,6 +245,12 @@ class CheckpointError(_ListsFaultsError):
     """A checkpoint that cannot be exported; lists every fault."""
 
     code = "bad_checkpoint"
+
+
+class KernelsUnavailableError(SeqlossError):
+    """There are no kernels for this machine; its text says why."""
+
+    code = "kernels_unavailable"
 
 
 class ConfigurationError(SeqlossError):

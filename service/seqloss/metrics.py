@@ -47,6 +47,8 @@ class BatchReport:
         num_pairs: int,
         seconds: tuple[float, float, float],
         source_multiple: int = 1,
+        *,
+        is_packed: bool = False,
     ) -> BatchReport:
         """Counts a batch.
 
@@ -55,19 +57,22 @@ class BatchReport:
             num_pairs: that were answered with it; equal ones are one target of the batch.
             seconds: to collate it, to compute it, and to scatter its terms.
             source_multiple: what sources are padded to multiples of.
+            is_packed: whether the engine pads nothing.
         """
         sources, targets = batch.sources, batch.decoder_input_ids
-        longest = int(sources.lengths.max())
+        longest, longest_target = int(sources.lengths.max()), int(targets.lengths.max())
         on_grid = -(-longest // source_multiple) * source_multiple
         collate, forward, scatter = seconds
         return cls(
             num_pairs=num_pairs,
             num_sources=len(sources),
             source_tokens=len(sources.values),
-            padded_source_tokens=len(sources) * longest,
+            padded_source_tokens=len(sources.values) if is_packed else len(sources) * longest,
             grid_source_tokens=len(sources) * (on_grid - longest),
             target_tokens=len(targets.values),
-            padded_target_tokens=len(targets) * int(targets.lengths.max()),
+            padded_target_tokens=(
+                len(targets.values) if is_packed else len(targets) * longest_target
+            ),
             collate_seconds=collate,
             forward_seconds=forward,
             scatter_seconds=scatter,
@@ -205,6 +210,11 @@ class Metrics:
             "1, with what is served as labels",
             ["model", "version", "engine", "device", "precision", "bundle_digest"],
         )
+        self.kernels = gauge(
+            "compiled_kernels",
+            "1 where kernels compiled for this CPU compute, 0 where the engine's own operators do",
+            ["model"],
+        )
         self.token_nll = _NllCollector("seqloss_token_nll", "Nll of counted tokens, in nats")
         self.pair_mean_nll = _NllCollector("seqloss_pair_mean_nll", "Mean nll of pairs, in nats")
         registry.register(self.token_nll)
@@ -338,6 +348,10 @@ class ModelMetrics:
         self._metrics.build_info.labels(
             self._model, version, engine, device, precision, digest
         ).set(1)
+
+    def watch_kernels(self, has_kernels: Callable[[], bool]) -> None:
+        """The gauge shows what `has_kernels` returns whenever it is read."""
+        self._metrics.kernels.labels(self._model).set_function(has_kernels)
 
     def totals(self) -> ModelTotals:
         """Sums over priorities; pairs and requests are those that were scored."""

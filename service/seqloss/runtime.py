@@ -17,8 +17,8 @@ from seqloss.batching.warm_up import warm_up
 from seqloss.bundle.manifest import EngineName, Precision
 from seqloss.bundle.reader import Bundle
 from seqloss.engines.base import Engine, EngineInfo
-from seqloss.engines.loader import load_engine
-from seqloss.errors import EngineDeadError, NotReadyError
+from seqloss.engines.loader import KernelOptions, load_engine
+from seqloss.errors import ConfigurationError, EngineDeadError, NotReadyError
 from seqloss.metrics import ModelMetrics
 from seqloss.records import LengthLimits, RequestArrays
 from seqloss.scorer import ScoredRequest, ScoreOptions, Scorer
@@ -34,7 +34,15 @@ _LOGITS_COPIES = 4
 _LOGIT_BYTES = 4
 
 LoadEngine = Callable[
-    [Bundle, str, Precision | Literal["auto"], int | None, EngineName | Literal["auto"]], Engine
+    [
+        Bundle,
+        str,
+        Precision | Literal["auto"],
+        int | None,
+        EngineName | Literal["auto"],
+        KernelOptions,
+    ],
+    Engine,
 ]
 
 
@@ -96,6 +104,16 @@ class LossRuntime:
         """Why it is not ready, in words."""
         return self._reason
 
+    @property
+    def queue_tokens(self) -> int:
+        """Tokens admitted and not computed."""
+        return self._batcher.queue_tokens if self._batcher is not None else 0
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long its batches have kept the device."""
+        return self._batcher.busy_seconds if self._batcher is not None else 0.0
+
     async def start(self, threads: Threads) -> None:
         """Loads the engine, which passes the bundle's self-test, warms it up and opens the queue.
 
@@ -132,6 +150,7 @@ class LossRuntime:
             settings.precision,
             settings.threads,
             settings.engine,
+            kernel_options(settings),
         )
         if self._state == "loading":
             self._reason = "the model is being warmed up"
@@ -197,6 +216,9 @@ class LossRuntime:
             settings.max_pairs_per_request,
             self._batcher,
             self._metrics,
+        )
+        self._metrics.watch_kernels(
+            lambda: self._engine is not None and self._engine.info.has_kernels
         )
         self._metrics.built(
             __version__, info.engine, info.device, info.precision, self.bundle.digest
@@ -282,6 +304,21 @@ def length_limits(bundle: Bundle, settings: Settings) -> LengthLimits:
     return LengthLimits(
         min(settings.max_source_tokens, manifest.max_source_tokens or settings.max_source_tokens),
         min(settings.max_target_tokens, manifest.max_target_tokens or settings.max_target_tokens),
+    )
+
+
+def kernel_options(settings: Settings) -> KernelOptions:
+    """Kernels are compiled beside the service, except where nothing else may compute.
+
+    Raises:
+        ConfigurationError: settings contradict each other.
+    """
+    if settings.deterministic and not settings.kernels:
+        raise ConfigurationError("deterministic losses need the kernels: leave kernels on")
+    return KernelOptions(
+        cache=settings.cache_dir if settings.kernels else None,
+        wait=settings.deterministic,
+        required=settings.deterministic,
     )
 
 

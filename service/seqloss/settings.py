@@ -33,6 +33,21 @@ def _known_device(name: str) -> str:
     return name
 
 
+def _user_cache() -> Path:
+    """Where a user's programs keep what can be made again (XDG Base Directory Specification).
+
+    A user without a home has no such folder, and nothing is kept.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        folder = Path("/nonexistent")
+    return folder / "seqloss"
+
+
+USER_CACHE = _user_cache()
+
+
 class Settings(BaseSettings):
     """Limits and sizes. Units stand in the names."""
 
@@ -92,10 +107,22 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1)
     """CPU threads for matrix products. None: as many as the engine finds cores."""
 
+    kernels: bool = True
+    """Whether a Torch bundle on a CPU with AVX-512 runs on kernels that are compiled for it, at the
+    first start, within seconds and beside the service, which answers meanwhile. They need a C++
+    compiler; without one Torch's own operators compute, at about half the speed."""
+
+    cache_dir: Path = USER_CACHE
+    """Where compiled kernels are kept. Nobody else may write there."""
+
+    deterministic: bool = False
+    """Whether a pair's loss must be the same bits whoever shares its batch. It is whenever the
+    kernels compute, at no cost; this refuses to start where they cannot, and waits for them."""
+
     warm_up: bool = True
     """Whether batches at the corners of the budget are computed before the service is ready: their
     memory is proven to be there, and the first requests do not pay for what is made once. It takes
-    about as long as ten batches."""
+    about as long as ten batches; on a CPU, whose memory cannot be proven, as ten small ones."""
 
     max_batch_tokens: int = Field(4096, ge=16)
     """Padded tokens of a micro-batch, sources and targets together. More fill a GPU better; fewer

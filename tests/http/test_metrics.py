@@ -10,6 +10,7 @@ import subprocess
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_bad_requests import GOOD, JSON, poisoned
 
 from fakes import FakeEngine, fake_bundle
+from seqloss.engines.base import EngineInfo
 from seqloss.errors import EngineDeadError, OutOfMemoryError
 from seqloss.http.app import create_app
 from seqloss.records import Batch
@@ -225,3 +227,36 @@ def test_nobody_makes_up_time_series(make_client: Any) -> None:
     assert series(service) == before
     assert {kind: len(statuses) for kind, statuses in seen.items()} == dict.fromkeys(KINDS, 1)
     assert not [kind for kind, statuses in seen.items() if max(statuses) >= 500], seen
+
+
+# ---------------------------------------------------------------- what computes
+
+
+class WithKernelsLater(FakeEngine):
+    """As an engine whose kernels are being compiled beside it."""
+
+    has_kernels = False
+
+    @property
+    def info(self) -> EngineInfo:
+        return replace(super().info, has_kernels=self.has_kernels)
+
+
+def test_it_shows_from_when_on_kernels_compute(make_client: Any) -> None:
+    engine = WithKernelsLater()
+    service = make_client(engine=engine)
+
+    def shown() -> list[float]:
+        return [
+            sample.value
+            for family in text_string_to_metric_families(service.get("/metrics").text)
+            for sample in family.samples
+            if sample.name == "seqloss_compiled_kernels" and sample.labels == {"model": "fake"}
+        ]
+
+    assert shown() == [0]
+    assert service.post("/loss", json=GOOD).is_success
+    assert shown() == [0]
+    engine.has_kernels = True
+    assert service.post("/loss", json=GOOD).is_success
+    assert shown() == [1]

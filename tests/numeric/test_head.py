@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compiled_kernels import kernel_library
+from seqloss.loss.compiled_head import CompiledHead
 from seqloss.loss.graph_head import GraphHead
 from seqloss.loss.head import LossHead, OutputProjection, output_projection
 
@@ -34,8 +36,14 @@ def by_graph_head(
     return head(hidden, labels, torch.arange(len(labels)))
 
 
-# What Torch runs, and what graphs for other runtimes have inside.
-every_head = pytest.mark.parametrize("head", [by_loss_head, by_graph_head])
+def by_compiled_head(projection: OutputProjection, hidden: Tensor, labels: Tensor, **_: int) -> Any:
+    head = CompiledHead(projection, projection.weight.dtype, kernel_library())
+    return head.terms(hidden, labels, with_ranks_and_entropies=True)
+
+
+# What Torch runs, what graphs for other runtimes have inside, and, without a softcap, kernels.
+HEADS = [by_loss_head, by_graph_head]
+every_head = pytest.mark.parametrize("head", [*HEADS, by_compiled_head])
 
 
 def naive_terms(
@@ -165,7 +173,7 @@ def test_an_entropy_near_zero_keeps_its_digits_when_the_target_is_unlikely(
     assert (entropy >= 0).all()
 
 
-@every_head
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("excluded", [[], [*range(40, 101), 7]])
 @pytest.mark.parametrize(("vocabulary_block", "token_block"), [(2048, 1024), (10, 8), (1, 37)])
 @pytest.mark.parametrize("softcap", [2.0, 12.0, 1000.0])

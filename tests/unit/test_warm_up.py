@@ -60,10 +60,21 @@ def test_no_batch_of_more_than_a_pair_is_over_the_caps(tokens: int, pairs: int) 
 
 
 def test_long_limits_are_not_warmed_up_with_batches_of_one_endless_pair() -> None:
-    engine = FakeEngine()
+    engine = FakeEngine(device="cuda:0")
     warm_up(engine, fake_manifest(), LengthLimits(10**6, 10**6), 3000, 64)
     assert max(int(batch.sources.lengths.max()) for batch in engine.batches) == 512
     assert max(int(batch.decoder_input_ids.lengths.max()) for batch in engine.batches) == 512
+
+
+def test_memory_is_proven_where_it_is_the_device_s_own_or_logits_are_made() -> None:
+    on_cpu, with_logits = FakeEngine(), FakeEngine(makes_logits=True)
+    on_gpu = FakeEngine(device="cuda:0")
+    for engine in (on_cpu, with_logits, on_gpu):
+        tokens, _ = warm_up(engine, fake_manifest(), LIMITS, 5000, 10**6)
+        assert tokens == 5000
+    assert max(padded_tokens(batch) for batch in on_cpu.batches) <= 512
+    for engine in (with_logits, on_gpu):
+        assert max(padded_tokens(batch) for batch in engine.batches) > 4900
 
 
 def test_ids_are_the_model_s_and_no_label_is_excluded_from_the_softmax() -> None:
@@ -83,7 +94,7 @@ def test_ids_are_the_model_s_and_no_label_is_excluded_from_the_softmax() -> None
     ("memory", "expected"), [(10**6, 1600), (1599, 800), (1200, 800), (110, 100), (25, 25)]
 )
 def test_the_budget_is_halved_until_every_corner_fits(memory: int, expected: int) -> None:
-    engine = FakeEngine(refusing_above(memory))
+    engine = FakeEngine(refusing_above(memory), device="cuda:0")
     tokens, _ = warm_up(engine, fake_manifest(), LIMITS, 1600, 10**6)
     assert tokens == expected
     num_halvings = (1600 // expected).bit_length() - 1

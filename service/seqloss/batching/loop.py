@@ -107,15 +107,22 @@ class Batcher:
         self._is_closed = False
         self._death: EngineDeadError | None = None
         self.is_stuck = False
+        self.busy_seconds = 0.0
+        """How long the device has computed batches."""
         metrics.watch_queue(self._queue_state)
         self._task = self._loop.create_task(self._run())
+
+    @property
+    def queue_tokens(self) -> int:
+        """Tokens admitted and not computed."""
+        return self._admission.held
 
     def _queue_state(self) -> dict[str, float]:
         """What gauges show when they are read."""
         oldest = self._queue.oldest_arrival
         return {
             "queue_pairs": self._queue.num_waiting,
-            "queue_tokens": self._admission.held,
+            "queue_tokens": self.queue_tokens,
             "queue_oldest_age_seconds": self._loop.time() - oldest if oldest is not None else 0.0,
             "estimated_wait_seconds": self._admission.seconds_ahead("bulk"),
             "token_budget": self._budget.tokens,
@@ -144,7 +151,7 @@ class Batcher:
             with_ranks_and_entropies: whether they are wanted.
             seconds_left: until nobody waits for it any more.
             tenant: whose it is; those who wait take turns.
-            reproducible: whether it shares batches with no other request.
+            reproducible: whether its bits may depend on no other request.
             not_computed: told at the end how many of its tokens were in no batch.
 
         Raises:
@@ -165,7 +172,8 @@ class Batcher:
             number=self._num_jobs,
             tenant=tenant,
             deadline=now + seconds_left,
-            reproducible=reproducible,
+            # Where batches do not change bits, company costs nothing.
+            reproducible=reproducible and not self._engine.info.is_batch_invariant,
         )
         try:
             return await self._outcome(job, seconds_left)
@@ -419,6 +427,7 @@ class Batcher:
         for job, _ in collated.selection:
             job.batch_times.append(times)
         self._count_done(collated.selection, seconds)
+        self.busy_seconds += seconds
         try:
             self._observe(collated.batch, seconds)
             self._report(ready, times, scattered - started)
@@ -445,6 +454,7 @@ class Batcher:
                     scatter_seconds,
                 ),
                 info.source_multiple,
+                is_packed=info.is_packed,
             ),
             ready.reason,
         )

@@ -17,6 +17,8 @@ from seqloss.records import Batch, LengthLimits, Ragged, offsets_of
 _LOG = logging.getLogger(__name__)
 
 _SHORT, _LONG = 4, 512
+# Enough to time a CPU by.
+_TIMED_TOKENS = 512
 
 
 def warm_up(
@@ -28,7 +30,9 @@ def warm_up(
 ) -> tuple[int, CostModel]:
     """Computes batches at the corners of the budget, with all outputs and without.
 
-    Memory, kernels and caches are there afterwards, and the cost model knows the device.
+    Memory, kernels and caches are there afterwards, and the cost model knows the device.  A CPU has
+    no memory of its own that could be proven, so there smaller batches do, in a fraction of the
+    time; not so where logits are made, which may need gigabytes.
 
     Args:
         engine: what computes.
@@ -45,9 +49,11 @@ def warm_up(
     """
     cost = CostModel()
     tokens = max_batch_tokens
+    proves_memory = engine.info.device != "cpu" or engine.info.makes_logits
     while True:
+        tried = tokens if proves_memory else min(tokens, _TIMED_TOKENS)
         try:
-            for shape in _corners(limits, tokens, max_batch_pairs):
+            for shape in _corners(limits, tried, max_batch_pairs):
                 batch = _batch_of(shape, manifest, all_terms=True)
                 engine.score(batch)  # the first of a shape pays for what is made once
                 cost.observe(shape, _seconds(engine, _batch_of(shape, manifest, all_terms=False)))
@@ -55,9 +61,9 @@ def warm_up(
         except OutOfMemoryError:
             pass
         engine.release_memory()
-        if tokens <= 2 * _SHORT:
+        if tried <= 2 * _SHORT:
             raise ConfigurationError("not even a single short pair fits the device")
-        tokens //= 2
+        tokens = tried // 2
         _LOG.warning("max_batch_tokens does not fit the device; trying %d", tokens)
 
 

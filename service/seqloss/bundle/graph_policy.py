@@ -82,6 +82,8 @@ _OPERATOR = frozenset(
     add eq floordiv ge getitem gt le lt mod mul ne neg pow sub
     """.split()
 )
+# Those of packed graphs, in seqloss.model.operators.
+_OURS = frozenset("attention linear linear_add norm".split())
 _TORCH = frozenset({"sym_ite", "sym_max", "sym_min", "sym_not"})
 
 
@@ -176,6 +178,8 @@ def _operator_fault(target: Any) -> str | None:
         case ["torch", "ops", "aten", "remainder", "int" | "default"]:
             pass  # of two numbers; ends the process where the second is 0
         case ["torch", "ops", "aten", name, overload] if name in _ATEN and overload in _OVERLOADS:
+            return None
+        case ["torch", "ops", "seqloss", name, "default"] if name in _OURS:
             return None
         case ["_operator", name] if name in _OPERATOR:
             return None

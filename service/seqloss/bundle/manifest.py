@@ -144,7 +144,8 @@ class Graph(_Strict):
 
     engine: EngineName
     precision: Precision
-    layout: Literal["padded"]
+    layout: Literal["padded", "packed"]
+    """How batches are laid out: rows of one length, or sequences one after the other."""
     source_multiple: PositiveInt = 1
     """Sources are padded to a multiple of this and, where it is not 1, to two of them at least."""
     folder: SafePath

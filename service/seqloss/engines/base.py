@@ -21,6 +21,9 @@ class EngineInfo:
         version: the runtime's.
         source_multiple: sources are padded to multiples of it; see `bundle.manifest.Graph`.
         makes_logits: whether memory grows with target tokens times classes; see there too.
+        is_packed: whether it computes no padding.
+        has_kernels: whether it runs on kernels that were compiled for this CPU.
+        is_batch_invariant: whether a pair's terms are the same bits whoever shares its batch.
     """
 
     engine: EngineName
@@ -29,6 +32,9 @@ class EngineInfo:
     version: str
     source_multiple: int = 1
     makes_logits: bool = False
+    is_packed: bool = False
+    has_kernels: bool = False
+    is_batch_invariant: bool = False
 
 
 class Engine(Protocol):
@@ -36,7 +42,7 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EngineInfo:
-        """What runs the model, where, in which precision."""
+        """What runs the model, where, in which precision; it may gain kernels on the way."""
         ...
 
     def score(self, batch: Batch) -> TokenTerms:

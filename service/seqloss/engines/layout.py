@@ -1,4 +1,4 @@
-"""Lays a ragged batch out as the padded graph wants it; the only place where padding exists."""
+"""Lays a ragged batch out as graphs want it; the only place where padding exists."""
 
 from __future__ import annotations
 
@@ -34,8 +34,72 @@ class PaddedInputs:
         return (getattr(self, name) for name in self.__slots__)
 
 
-# What the graph takes; labels are the head's.
-BODY_INPUTS = ("source_ids", "source_mask", "source_row", "decoder_input_ids", "token_index")
+@dataclass(frozen=True, slots=True)
+class PackedInputs:
+    """The same without padding: sequences one after the other.
+
+    Attributes:
+        source_ids: Shape: (N,).
+        source_positions: of each id in its source, from 0. Shape: (N,).
+        source_starts: where each source begins. Shape: (U,).
+        source_ends: and ends. Shape: (U,).
+        source_row: the source that a target attends to. Shape: (B,).
+        decoder_input_ids: Shape: (M,).
+        target_positions: Shape: (M,).
+        target_starts: Shape: (B,).
+        target_ends: Shape: (B,).
+        token_index: where the counted tokens stand. Shape: (K,).
+        labels: the classes of the counted tokens. Shape: (K,).
+    """
+
+    source_ids: Int64Array
+    source_positions: Int64Array
+    source_starts: Int64Array
+    source_ends: Int64Array
+    source_row: Int64Array
+    decoder_input_ids: Int64Array
+    target_positions: Int64Array
+    target_starts: Int64Array
+    target_ends: Int64Array
+    token_index: Int64Array
+    labels: Int64Array
+
+    def __iter__(self) -> Iterator[Int64Array]:
+        return (getattr(self, name) for name in self.__slots__)
+
+
+# What a graph of each layout takes; labels are the head's.
+BODY_INPUTS: dict[str, tuple[str, ...]] = {
+    "padded": PaddedInputs.__slots__[:-1],
+    "packed": PackedInputs.__slots__[:-1],
+}
+# Those of a packed graph that say where sequences lie: few numbers, which the host of a GPU wants
+# to know without waiting for it, so that they stay there.
+HOST_INPUTS = frozenset(
+    ("source_starts", "source_ends", "source_row", "target_starts", "target_ends")
+)
+
+
+def packed(batch: Batch) -> PackedInputs:
+    """Lays sequences out one after the other."""
+    sources, targets = batch.sources, batch.decoder_input_ids
+    return PackedInputs(
+        source_ids=sources.values.astype(np.int64),
+        source_positions=_positions(sources),
+        source_starts=sources.offsets[:-1].astype(np.int64),
+        source_ends=sources.offsets[1:].astype(np.int64),
+        source_row=batch.source_row.astype(np.int64),
+        decoder_input_ids=targets.values.astype(np.int64),
+        target_positions=_positions(targets),
+        target_starts=targets.offsets[:-1].astype(np.int64),
+        target_ends=targets.offsets[1:].astype(np.int64),
+        token_index=np.flatnonzero(batch.counted),
+        labels=batch.labels[batch.counted].astype(np.int64),
+    )
+
+
+def _positions(rows: Ragged) -> Int64Array:
+    return np.arange(len(rows.values)) - rows.offsets[rows.row_of_value]
 
 
 def padded(batch: Batch, source_multiple: int = 1) -> PaddedInputs:

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from seqloss.bundle.manifest import EngineName, Graph, Precision
 from seqloss.bundle.reader import Bundle
 from seqloss.engines.base import Engine
 from seqloss.engines.self_test import require_self_test
-from seqloss.errors import ConfigurationError
+from seqloss.engines.upgrading import UpgradingEngine
+from seqloss.errors import ConfigurationError, KernelsUnavailableError
+from seqloss.kernels.build import built, is_built
+from seqloss.settings import USER_CACHE
+
+if TYPE_CHECKING:
+    from seqloss.kernels.functions import KernelLibrary
+
+_LOG = logging.getLogger(__name__)
 
 # The library that each engine stands on.
 _LIBRARIES: dict[EngineName, str] = {"torch": "torch", "onnx": "onnxruntime"}
+
+
+@dataclass(frozen=True, slots=True)
+class KernelOptions:
+    """What to do about kernels that are compiled for a CPU; see `seqloss.kernels`.
+
+    Attributes:
+        cache: where they are kept; None for none.
+        wait: whether to compile them first; else Torch's own operators compute meanwhile.
+        required: whether nothing else may compute.
+    """
+
+    cache: Path | None = USER_CACHE
+    wait: bool = True
+    required: bool = False
+
+
+_KERNELS = KernelOptions()
+# Precisions that there are kernels of.
+_KERNELS_OF: tuple[Precision, ...] = ("float32", "bfloat16")
 
 
 def load_engine(
@@ -21,6 +52,7 @@ def load_engine(
     precision: Precision | Literal["auto"] = "auto",
     threads: int | None = None,
     name: EngineName | Literal["auto"] = "auto",
+    kernels: KernelOptions = _KERNELS,
 ) -> Engine:
     """Loads a bundle onto a device and has it pass the bundle's self-test.
 
@@ -31,23 +63,53 @@ def load_engine(
         threads: CPU threads for matrix products; None leaves the engine's choice.
         name: of the engine; `auto` for the first that the bundle has graphs for and that is
             installed.
+        kernels: whether, and when, to have them.
 
     Raises:
         BundleError: graphs and weights do not belong together.
-        ConfigurationError: no such device, the engine's library is not installed, or the bundle
-            has no graph of the engine or the precision.
+        ConfigurationError: no such device, the engine's library is not installed, the bundle has
+            no graph of the engine or the precision, or kernels that are required are not there.
         SelfTestError: the device computes other numbers than the bundle states.
     """
     chosen = _engine_of(bundle, name)
     wanted = _precisions_by_speed(chosen, device) if precision == "auto" else (precision,)
     graph = _graph_of(bundle, chosen, wanted)
-    engine = open_engine(bundle, graph, device, threads)
-    require_self_test(engine, bundle.manifest, graph)
-    return engine
+
+    def tested(kernels: KernelOptions) -> Engine:
+        engine = open_engine(bundle, graph, device, threads, kernels)
+        require_self_test(engine, bundle.manifest, graph)
+        return engine
+
+    were_there = kernels.cache is not None and is_built(kernels.cache)
+    try:
+        engine = tested(kernels)
+    except KernelsUnavailableError as error:
+        raise _not_deterministic(bundle, f": {error}") from error
+    if kernels.required and not engine.info.is_batch_invariant:
+        engine.close()
+        raise _not_deterministic(bundle)
+    info = engine.info
+    may_have_them = (info.engine, info.device) == ("torch", "cpu") and info.precision in _KERNELS_OF
+    if were_there or kernels.wait or kernels.cache is None or not may_have_them:
+        return engine
+    return UpgradingEngine(engine, lambda: tested(replace(kernels, wait=True, required=True)))
+
+
+def _not_deterministic(bundle: Bundle, why: str = "") -> ConfigurationError:
+    return ConfigurationError(
+        f"{bundle.folder} cannot be served deterministically here: that takes a Torch graph of a "
+        "family that has a native model, in float32 or bfloat16, in sizes that kernels have, a CPU "
+        "with AVX-512, and g++; and --precision float32 on a CPU with AMX, whose "
+        f"bfloat16 products are oneDNN's{why}"
+    )
 
 
 def open_engine(
-    bundle: Bundle, graph: Graph, device: str = "auto", threads: int | None = None
+    bundle: Bundle,
+    graph: Graph,
+    device: str = "auto",
+    threads: int | None = None,
+    kernels: KernelOptions = _KERNELS,
 ) -> Engine:
     """Loads one graph of a bundle, and asks nothing of it; for arguments see `load_engine`."""
     if graph.engine == "onnx":
@@ -56,11 +118,31 @@ def open_engine(
         return OnnxEngine(bundle, graph, device, threads)
     import torch  # noqa: PLC0415 - most of the service runs without it
 
-    from seqloss.engines.torch_engine import TorchEngine  # noqa: PLC0415
+    from seqloss.engines.torch_engine import TorchEngine, device_named  # noqa: PLC0415
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchEngine(bundle, graph, device)
+    library = _library(kernels) if device_named(device).type == "cpu" else None
+    return TorchEngine(bundle, graph, device, library)
+
+
+def _library(kernels: KernelOptions) -> KernelLibrary | None:
+    """None where there are no kernels, or not yet.
+
+    Raises:
+        KernelsUnavailableError: they are required.
+    """
+    from seqloss.kernels.functions import KernelLibrary  # noqa: PLC0415 - imports torch
+
+    if kernels.cache is None or not (kernels.wait or is_built(kernels.cache)):
+        return None
+    try:
+        return KernelLibrary(built(kernels.cache))
+    except KernelsUnavailableError as error:
+        if kernels.required:
+            raise
+        _LOG.warning("there are no kernels, and Torch's own operators compute: %s", error)
+        return None
 
 
 def _engine_of(bundle: Bundle, name: EngineName | Literal["auto"]) -> EngineName:

@@ -77,14 +77,20 @@ def require_self_test(engine: Engine, manifest: Manifest, graph: Graph) -> float
     """Has the engine compute the bundle's own pairs, and the last id of each vocabulary.
 
     Raises:
-        SelfTestError: the largest error is beyond the graph's tolerance, or the model has fewer ids
-            than the manifest says.
+        SelfTestError: the largest error is beyond the graph's tolerance, the graph cannot be
+            computed, or the model has fewer ids than the manifest says.
 
     Returns:
         The largest error, in nats.
     """
     require_limits(engine, manifest)
-    errors = self_test_errors(engine, manifest)
+    try:
+        errors = self_test_errors(engine, manifest)
+    except OutOfMemoryError:
+        raise
+    # Whatever an engine says to a graph that it cannot compute.
+    except Exception as error:
+        raise SelfTestError(f"the bundle's self-test cannot be computed: {error}") from error
     largest, mean = float(errors.max()), float(errors.mean())
     # NaN is no number that can be trusted either
     if not (largest <= graph.tolerance and mean <= graph.mean_tolerance):

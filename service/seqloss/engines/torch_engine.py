@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -16,40 +17,75 @@ from seqloss.bundle.manifest import Graph, Precision
 from seqloss.bundle.reader import Bundle
 from seqloss.engines import cpu_linear
 from seqloss.engines.base import EngineInfo
-from seqloss.engines.layout import BODY_INPUTS, padded
+from seqloss.engines.binding import Bound, bind
+from seqloss.engines.cuda_binding import bind as bind_for_cuda
+from seqloss.engines.cuda_head import triton_head
+from seqloss.engines.cuda_staging import CudaStaging
+from seqloss.engines.layout import BODY_INPUTS, PackedInputs, PaddedInputs, packed, padded
 from seqloss.errors import (
     BundleError,
     ConfigurationError,
     EngineDeadError,
     OutOfMemoryError,
 )
+from seqloss.kernels.functions import KernelLibrary
+from seqloss.loss.compiled_head import CompiledHead
 from seqloss.loss.head import LossHead, OutputProjection, matmul
 from seqloss.records import Batch, TokenTerms
 
 # Tokens and classes that the head projects at a time. On a CPU the smallest blocks of classes were
 # the fastest, since they stay in the cache; a GPU wants kernels large enough to fill it.
 _BLOCKS = {"cpu": (1024, 1024), "cuda": (4096, 8192)}
+# The first generation of GPUs that has bfloat16 and the flash kernel.
+_AMPERE = 8
+
+
+class _Head(Protocol):
+    """See `seqloss.loss.head.LossHead`."""
+
+    def terms(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        with_ranks_and_entropies: bool = False,
+    ) -> tuple[torch.Tensor, ...]: ...
 
 
 class TorchEngine:
     """One bundle's model on one device; see `seqloss.engines.base.Engine`."""
 
-    def __init__(self, bundle: Bundle, graph: Graph, device: str) -> None:
+    def __init__(
+        self, bundle: Bundle, graph: Graph, device: str, library: KernelLibrary | None = None
+    ) -> None:
         """Loads weights and a graph.
+
+        Args:
+            bundle: opened.
+            graph: of the bundle.
+            device: see `device_named`.
+            library: kernels for a CPU; without them, and elsewhere, Torch's own operators compute.
 
         Raises:
             BundleError: the graph and the weights do not belong together.
             ConfigurationError: there is no such device.
         """
         self._device = device_named(device)
-        self._source_multiple = graph.source_multiple
-        self._body, self._head = _load(bundle, graph, self._device)
+        self._staging = CudaStaging(self._device) if self._device.type == "cuda" else None
+        self._graph = graph
+        library = library if self._device.type == "cpu" else None
+        with _current(self._device):
+            loaded = _load(bundle, graph, self._device, library)
+        self._body, self._head = loaded.body, loaded.head
         self._info = EngineInfo(
             "torch",
             str(self._device),
             graph.precision,
             torch.__version__,
             graph.source_multiple,
+            is_packed=graph.layout == "packed",
+            has_kernels=loaded.has_kernels,
+            is_batch_invariant=loaded.has_kernels_only,
         )
 
     @property
@@ -59,17 +95,31 @@ class TorchEngine:
 
     def score(self, batch: Batch) -> TokenTerms:
         """See `Engine.score`."""
-        with _device_errors(), torch.inference_mode():
-            *inputs, labels = [
-                torch.from_numpy(array).to(self._device)
-                for array in padded(batch, self._source_multiple)
-            ]
+        with _device_errors(), torch.inference_mode(), _current(self._device):
+            *inputs, labels = self._inputs(batch)
             terms = self._head.terms(
                 self._body(*inputs),
                 labels,
                 with_ranks_and_entropies=batch.with_ranks_and_entropies,
             )
-            return TokenTerms(*(term.cpu().numpy() for term in terms))
+            return TokenTerms(*self._arrays(terms))
+
+    def _inputs(self, batch: Batch) -> list[torch.Tensor]:
+        """What the body takes, and labels."""
+        inputs = self._laid_out(batch)
+        if self._staging:
+            return self._staging.inputs(inputs)
+        return [torch.from_numpy(array) for array in inputs]
+
+    def _arrays(self, terms: Sequence[torch.Tensor]) -> list[Any]:
+        if self._staging:
+            return self._staging.terms(terms)
+        return [term.numpy() for term in terms]
+
+    def _laid_out(self, batch: Batch) -> PackedInputs | PaddedInputs:
+        if self._graph.layout == "packed":
+            return packed(batch)
+        return padded(batch, self._graph.source_multiple)
 
     def release_memory(self) -> None:
         """See `Engine.release_memory`."""
@@ -127,7 +177,7 @@ def precisions_by_speed(device: torch.device) -> tuple[Precision, ...]:
     found: list[Precision] = []
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
-        found += ["bfloat16", "float16"] if major >= 8 else ["float16"]  # 8: Ampere
+        found += ["bfloat16", "float16"] if major >= _AMPERE else ["float16"]
     else:
         # Torch before 2.13 does not say.
         has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -138,15 +188,30 @@ def precisions_by_speed(device: torch.device) -> tuple[Precision, ...]:
     return (*found, "float32")
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A model.
+
+    Attributes:
+        body: the graph.
+        head: the loss head.
+        has_kernels: whether kernels compute any of it.
+        has_kernels_only: whether they compute all of it, with which batches change no bits.
+    """
+
+    body: Callable[..., torch.Tensor]
+    head: _Head
+    has_kernels: bool
+    has_kernels_only: bool
+
+
 def _load(
-    bundle: Bundle, graph: Graph, device: torch.device
-) -> tuple[Callable[..., torch.Tensor], LossHead]:
-    token_block, vocabulary_block = _BLOCKS.get(device.type, _BLOCKS["cpu"])
-    linear = matmul
+    bundle: Bundle, graph: Graph, device: torch.device, library: KernelLibrary | None
+) -> _Loaded:
+    dtype = getattr(torch, graph.precision)
     try:
         with _Weights(bundle, graph, device) as weights:
-            body = _module(bundle.graph_archive(graph), weights, device)
-            dtype = getattr(torch, graph.precision)
+            body = _module(bundle.graph_archive(graph), weights, device, BODY_INPUTS[graph.layout])
             # Where the embeddings are the same matrix it is here in float32 already.
             exact = weights.has("output.weight", torch.float32)
             projection = OutputProjection(
@@ -156,16 +221,19 @@ def _load(
                 weights.get("output.mean_bias", torch.float32),
                 bundle.manifest.softcap,
             )
-        if device.type == "cpu" and cpu_linear.is_available(dtype):
-            linear = cpu_linear.prepacked
-            with torch.no_grad():
-                cpu_linear.prepack(body)
-        head = LossHead(
-            projection,
-            dtype=dtype,
-            vocabulary_block=vocabulary_block,
-            token_block=token_block,
-            linear=linear,
+        if len(projection.weight) != bundle.manifest.vocabulary.classes:
+            raise BundleError(
+                f"{bundle.folder} says that it has {bundle.manifest.vocabulary.classes} classes, "
+                f"and its output projection has {len(projection.weight)}"
+            )
+        head = _head(projection, dtype, device, library)
+        bound = _lay_out(body, graph, library) if device.type == "cpu" else Bound(0, 0, 0)
+        if device.type == "cuda" and graph.layout == "packed":
+            major, _ = torch.cuda.get_device_capability(device)
+            bind_for_cuda(body, with_flash=major >= _AMPERE)
+        has_head = isinstance(head, CompiledHead)
+        return _Loaded(
+            body, head, has_head or bound.num_compiled > 0, has_head and bound.is_all_compiled
         )
     except (BundleError, torch.OutOfMemoryError):
         raise
@@ -174,7 +242,37 @@ def _load(
         raise BundleError(
             f"{bundle.folder} has a graph or weights that do not load: {error}"
         ) from error
-    return body, head
+
+
+def _lay_out(body: GraphModule, graph: Graph, library: KernelLibrary | None) -> Bound:
+    """Has the graph's products run on weights that are laid out once, for the CPU."""
+    with torch.no_grad():
+        if graph.layout == "packed":
+            return bind(body, library)
+        if cpu_linear.is_available(getattr(torch, graph.precision)):
+            cpu_linear.prepack(body)
+        return Bound(0, 0, 0)
+
+
+def _head(
+    projection: OutputProjection,
+    dtype: torch.dtype,
+    device: torch.device,
+    library: KernelLibrary | None,
+) -> _Head:
+    if library is not None and CompiledHead.fits(projection, dtype, library):
+        return CompiledHead(projection, dtype, library)
+    if device.type == "cuda" and (head := triton_head(projection, dtype)):
+        return head
+    token_block, vocabulary_block = _BLOCKS.get(device.type, _BLOCKS["cpu"])
+    is_laid_out = device.type == "cpu" and cpu_linear.is_available(dtype)
+    return LossHead(
+        projection,
+        dtype=dtype,
+        vocabulary_block=vocabulary_block,
+        token_block=token_block,
+        linear=cpu_linear.prepacked if is_laid_out else matmul,
+    )
 
 
 class _Weights(AbstractContextManager["_Weights"]):
@@ -200,13 +298,14 @@ class _Weights(AbstractContextManager["_Weights"]):
         self._file.__exit__(None, None, None)
 
 
-def _module(archive: bytes, weights: _Weights, device: torch.device) -> GraphModule:
+def _module(
+    archive: bytes, weights: _Weights, device: torch.device, inputs: tuple[str, ...]
+) -> GraphModule:
     """The program as a callable module on the given weights."""
     program = torch.export.load(io.BytesIO(archive))
-    expected = list(BODY_INPUTS)
-    if list(program.graph_signature.user_inputs) != expected:
+    if program.graph_signature.user_inputs != inputs:
         raise BundleError(
-            f"a graph takes {list(program.graph_signature.user_inputs)}, not {expected}"
+            f"a graph takes {list(program.graph_signature.user_inputs)}, not {list(inputs)}"
         )
     if device.type != "cpu":
         from torch.export.passes import move_to_device_pass  # noqa: PLC0415 - a slow import
@@ -223,6 +322,11 @@ def _module(archive: bytes, weights: _Weights, device: torch.device) -> GraphMod
     }
     module.load_state_dict(state, assign=True)
     return module
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Has kernels that are not Torch's own, and pinned memory, be of this GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

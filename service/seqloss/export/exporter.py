@@ -21,11 +21,21 @@ from seqloss.bundle.manifest import (
 from seqloss.bundle.writer import refuse_unless_free
 from seqloss.errors import CheckpointError
 from seqloss.export.bundling import Graphs, Origin, vocabulary_of, write_bundle
-from seqloss.export.graph import Body, capture, distinct, embeddings_of, projection_of, softcap_of
+from seqloss.export.graph import (
+    Body,
+    capture,
+    capture_packed,
+    distinct,
+    embeddings_of,
+    projection_of,
+    softcap_of,
+)
 from seqloss.export.huggingface import LoadedCheckpoint, load_checkpoint
 from seqloss.export.onnx_graph import write_onnx
 from seqloss.export.precision import lowered
 from seqloss.export.reference import Reference, make_self_test
+from seqloss.model.families import NativeModel, native_model
+from seqloss.model.transformer import PackedTransformer
 
 # What each engine's graphs may be in; the first are exported unless something else is asked for.
 _PRECISIONS: dict[EngineName, tuple[Precision, ...]] = {
@@ -49,6 +59,7 @@ class ExportOptions:
         excluded_classes: first and last of ranges of classes to keep out of the softmax.
         decoder_start: instead of the configuration's decoder_start_token_id.
         unsafe_float16: whether float16 is allowed for families that are known to overflow in it.
+        generic: whether Torch graphs are transformers' own model also where there is a native one.
         force: whether a bundle at the output is replaced.
     """
 
@@ -57,6 +68,7 @@ class ExportOptions:
     excluded_classes: tuple[tuple[int, int], ...] = ()
     decoder_start: int | None = None
     unsafe_float16: bool = False
+    generic: bool = False
     force: bool = False
 
     @property
@@ -141,8 +153,9 @@ def _write_graphs(
 ) -> Graphs:
     """Writes the graphs and their weights."""
     projection = projection_of(checkpoint.model, excluded)
+    native = None if options.generic else native_model(checkpoint.model)
     body = Body(checkpoint.model)
-    originals = body.state_dict()
+    originals = body.state_dict() if native is None else _packed(native, torch.float32).state_dict()
     state: dict[str, Tensor] = {
         "output.weight": projection.weight,
         "output.bias": projection.bias,
@@ -151,21 +164,26 @@ def _write_graphs(
     }
     graphs = []
     for engine, precision in options.graphs:
-        graph = _new_graph(checkpoint, engine, precision)
+        is_packed = engine == "torch" and native is not None
+        graph = _new_graph(checkpoint, engine, precision, is_packed=is_packed)
         place = folder / graph.folder
         place.mkdir(parents=True)
         # int8 graphs are made of float32 ones.
         dtype = getattr(torch, precision) if precision != "int8" else torch.float32
-        with lowered(body, dtype, widen=checkpoint.family.widens):
-            if engine == "onnx":
+        as_computed = lowered(body, dtype, widen=checkpoint.family.widens)
+        if engine == "onnx":
+            with as_computed:
                 written = write_onnx(place, body, projection, precision, graph.source_multiple)
-                graph = graph.model_copy(update=asdict(written))
-            else:
+            graphs.append(graph.model_copy(update=asdict(written)))
+            continue
+        if native is None:
+            with as_computed:
                 captured = capture(body, graph.source_multiple)
-                (folder / graph.path).write_bytes(captured.archive)
-                # Weights of every precision are cast from the checkpoint's own when they are
-                # loaded.
-                state |= {key: originals.get(key, made) for key, made in captured.state.items()}
+        else:
+            captured = capture_packed(_packed(native, dtype))
+        (folder / graph.path).write_bytes(captured.archive)
+        # Weights of every precision are cast from the checkpoint's own when they are loaded.
+        state |= {key: originals.get(key, made) for key, made in captured.state.items()}
         graphs.append(graph)
     if "torch" not in options.engines:
         return Graphs(graphs, {})
@@ -176,12 +194,18 @@ def _write_graphs(
     return Graphs(graphs, aliases)
 
 
-def _new_graph(checkpoint: LoadedCheckpoint, engine: EngineName, precision: Precision) -> Graph:
+def _packed(native: NativeModel, dtype: torch.dtype) -> PackedTransformer:
+    return PackedTransformer(native.architecture, native.weights, dtype)
+
+
+def _new_graph(
+    checkpoint: LoadedCheckpoint, engine: EngineName, precision: Precision, *, is_packed: bool
+) -> Graph:
     """One whose errors were not measured yet."""
     return Graph(
         engine=engine,
         precision=precision,
-        layout="padded",
+        layout="packed" if is_packed else "padded",
         source_multiple=checkpoint.family.source_multiple(checkpoint.model.config),
         folder=f"graphs/{engine}-{precision}",
         exported_with=f"torch {torch.__version__}",

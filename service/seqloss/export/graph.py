@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ from seqloss.bundle.graph_archive import distil
 from seqloss.errors import BundleError, CheckpointError
 from seqloss.export.families import FAMILIES
 from seqloss.loss.head import OutputProjection, output_projection
+from seqloss.model.transformer import PackedTransformer
 
 _DYNAMIC_SHAPES = (
     {0: Dim.AUTO, 1: Dim.AUTO},  # source_ids
@@ -123,7 +125,16 @@ def capture(body: Body, source_multiple: int = 1) -> Captured:
         CheckpointError: a size that must be free was fixed by the model's code, or the graph uses
             an operator that bundles may not.
     """
-    program = traced(body, source_multiple)
+    return _captured(traced(body, source_multiple))
+
+
+def capture_packed(model: PackedTransformer) -> Captured:
+    """The graph of a native model, in the precision that its weights have; see `capture`."""
+    inputs = _packed_example_inputs()
+    return _captured(_traced(model, inputs, [{0: Dim.AUTO}] * len(inputs)))
+
+
+def _captured(program: ExportedProgram) -> Captured:
     state = _state(program)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -149,14 +160,22 @@ def traced(
     Raises:
         CheckpointError: a size that must be free was fixed by the model's code.
     """
+    inputs = _example_inputs(source_multiple)
+    if with_head:
+        return _traced(
+            module, (*inputs, *_EXAMPLE_LABELS), [*_DYNAMIC_SHAPES, *[{0: Dim.AUTO}] * 2]
+        )
+    return _traced(module, inputs, _DYNAMIC_SHAPES)
+
+
+def _traced(
+    module: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: Sequence[dict[int, Any]]
+) -> ExportedProgram:
     one_hot = patch.object(torch.nn.functional, "one_hot", _one_hot)
     with warnings.catch_warnings(), torch.no_grad(), one_hot:
         warnings.simplefilter("ignore")
         program = torch.export.export(
-            module.eval(),
-            (*_example_inputs(source_multiple), *(_EXAMPLE_LABELS if with_head else ())),
-            dynamic_shapes=(*_DYNAMIC_SHAPES, *([{0: Dim.AUTO}] * (2 if with_head else 0))),
-            strict=False,
+            module.eval(), inputs, dynamic_shapes=tuple(dynamic_shapes), strict=False
         )
     _refuse_fixed_sizes(program)
     return program
@@ -263,5 +282,22 @@ def _example_inputs(source_multiple: int) -> tuple[Tensor, ...]:
         torch.ones(num_sources, source_length, dtype=torch.int64),
         torch.zeros(num_targets, dtype=torch.int64),
         torch.zeros(num_targets, target_length, dtype=torch.int64),
+        torch.arange(num_tokens),
+    )
+
+
+def _packed_example_inputs() -> tuple[Tensor, ...]:
+    """Of as many dimensions as `seqloss.engines.layout.PackedInputs`, likewise without equals."""
+    num_source_tokens, num_sources, num_target_tokens, num_targets, num_tokens = 23, 3, 29, 5, 11
+    return (
+        torch.zeros(num_source_tokens, dtype=torch.int64),
+        torch.zeros(num_source_tokens, dtype=torch.int64),
+        torch.zeros(num_sources, dtype=torch.int64),
+        torch.zeros(num_sources, dtype=torch.int64),
+        torch.zeros(num_targets, dtype=torch.int64),
+        torch.zeros(num_target_tokens, dtype=torch.int64),
+        torch.zeros(num_target_tokens, dtype=torch.int64),
+        torch.zeros(num_targets, dtype=torch.int64),
+        torch.zeros(num_targets, dtype=torch.int64),
         torch.arange(num_tokens),
     )
