@@ -7,10 +7,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import orjson
 
-from benchmarks import report
+from benchmarks import plots, report
 from benchmarks.arguments import add_common, positive, set_environment
 from benchmarks.memory import MemorySize
 from benchmarks.models import MODELS
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.output.write_bytes(orjson.dumps(_document(results), option=orjson.OPT_INDENT_2))
     if options.markdown:
         options.markdown.write_text(report.markdown(results))
+    if options.plots:
+        options.plots.mkdir(parents=True, exist_ok=True)
+        plots.write_limits(options.plots / "limits.svg", results.summaries())
 
 
 def _document(results: Results) -> dict[str, object]:
@@ -58,6 +62,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         },
         variants=tuple(options.variants),
         memory=None if options.no_memory else memory,
+        independence=not options.no_independence,
         folder=options.folder,
     )
 
@@ -92,7 +97,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="names as in the tables, with * for anything",
     )
+    parser.add_argument(
+        "--plots", type=Path, metavar="FOLDER", help="a picture of all variants beside the limit"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave the memory benchmark out")
+    parser.add_argument(
+        "--no-independence", action="store_true", help="leave out the pairs in other batches"
+    )
     parser.add_argument("--memory-vocabulary", type=positive, default=MemorySize().vocabulary)
     parser.add_argument("--memory-tokens", type=positive, default=MemorySize().target_tokens)
     return parser

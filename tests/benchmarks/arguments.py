@@ -34,4 +34,6 @@ def positive(text: str) -> int:
 def set_environment(threads: int) -> None:
     """What workers and servers inherit; Torch, MKL and CTranslate2 look at it when they load."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    # As `seqloss serve` has it: threads that spin for long take cores from the others' processes.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

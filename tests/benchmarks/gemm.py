@@ -6,8 +6,12 @@ import time
 
 import torch
 
-# Rows, columns, and what is summed over: a square, a feed-forward layer and its way back.
-_SHAPES = ((2048, 2048, 2048), (1024, 512, 2048), (2048, 512, 1024))
+# Rows, columns, and what is summed over: a square, a feed-forward layer and its way back. A GPU is
+# filled by larger ones only.
+_SHAPES = {
+    "cpu": ((2048, 2048, 2048), (1024, 512, 2048), (2048, 512, 1024)),
+    "cuda": ((8192, 8192, 8192), (4096, 4096, 16384), (16384, 4096, 4096)),
+}
 _SECONDS = 0.3
 _LEAST_REPEATS = 3
 PRECISIONS = ("float32", "bfloat16")
@@ -19,8 +23,9 @@ GemmRates = dict[str, float]
 class GemmTask:
     """Measures the rates in its worker process."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, device: str = "cpu") -> None:
         torch.set_num_threads(threads)
+        self._device = torch.device(device)
 
     def warm_up(self) -> None:
         """Runs once."""
@@ -28,8 +33,11 @@ class GemmTask:
 
     def run(self) -> GemmRates:
         """The best rate over a few shapes."""
+        shapes = _SHAPES[self._device.type]
         return {
-            precision: max(_rate(*shape, getattr(torch, precision)) for shape in _SHAPES)
+            precision: max(
+                _rate(shape, getattr(torch, precision), self._device) for shape in shapes
+            )
             for precision in PRECISIONS
         }
 
@@ -38,16 +46,19 @@ class GemmTask:
 
 
 @torch.inference_mode()
-def _rate(rows: int, columns: int, inner: int, dtype: torch.dtype) -> float:
+def _rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
     """Of the fastest of some products, written as a linear layer's: its weight is transposed."""
-    values = torch.randn(rows, inner).to(dtype)
-    weight = torch.randn(columns, inner).to(dtype)
-    product = torch.empty(rows, columns, dtype=dtype)
+    rows, columns, inner = shape
+    values = torch.randn(rows, inner).to(device, dtype)
+    weight = torch.randn(columns, inner).to(device, dtype)
+    product = torch.empty(rows, columns, dtype=dtype, device=device)
     fastest, repeats = float("inf"), 0
     end = time.perf_counter() + _SECONDS
     while repeats < _LEAST_REPEATS or time.perf_counter() < end:
         started = time.perf_counter()
         torch.matmul(values, weight.t(), out=product)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         fastest = min(fastest, time.perf_counter() - started)
         repeats += 1
     return 2 * rows * columns * inner / fastest

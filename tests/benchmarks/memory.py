@@ -87,7 +87,7 @@ def measure_seqloss(
     start = size.vocabulary - 1
 
     def score(pairs: Pairs) -> None:
-        engine.score(_batch(pairs, start))
+        engine.score(batch_of(pairs, start))
 
     name = f"seqloss{ENGINE_WORDS[engine.info.engine]} {precision}"
     return _measured(name, size, score)
@@ -126,7 +126,8 @@ def _measured(name: str, size: MemorySize, score: Callable[[Pairs], None]) -> Me
     )
 
 
-def _batch(pairs: Pairs, start: int) -> Batch:
+def batch_of(pairs: Pairs, start: int) -> Batch:
+    """All pairs in one; a decoder begins with the start id."""
     targets = Ragged.from_rows(pairs.target_ids, np.int32)
     return Batch(
         sources=Ragged.from_rows(pairs.source_ids, np.int32),

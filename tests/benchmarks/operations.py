@@ -8,13 +8,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of an encoder-decoder transformer."""
+    """Sizes of an encoder-decoder transformer.
+
+    Attributes:
+        vocabulary: classes of the output layer.
+        width: of the model.
+        encoder_layers, decoder_layers: how many.
+        ffn_width: of the feed-forward layers inside.
+        heads_width: of all heads of an attention together; None where it is the model's.
+        ffn_matrices: of one feed-forward layer: 2, or 3 where it is gated.
+    """
 
     vocabulary: int
     width: int
     encoder_layers: int
     decoder_layers: int
     ffn_width: int
+    heads_width: int | None = None
+    ffn_matrices: int = 2
+
+    @property
+    def attention_width(self) -> int:
+        """What scores are summed over, all heads together."""
+        return self.width if self.heads_width is None else self.heads_width
 
 
 def useful_operations(
@@ -22,16 +38,16 @@ def useful_operations(
 ) -> int:
     """Operations of all matrix products, without padding; a multiply-add counts as two.
 
-    With D the model's width, F that of its feed-forward layers, V the vocabulary, S and T the
-    lengths of a pair, the multiply-adds are
+    With D the model's width, A that of all heads of an attention, F that of the M matrices of a
+    feed-forward layer, V the vocabulary, S and T the lengths of a pair, the multiply-adds are
 
-        encoder layer   S (4 DD + 2 DF)   projections of self-attention, feed-forward
-                        2 SS D            scores and weighted sums
-        decoder layer   T (4 DD + 2 DF)   as above
-                        2 D T(T + 1)/2    the same, causal: position t sees t positions
-                        T 2 DD + S 2 DD   projections of cross-attention: queries and outputs for
+        encoder layer   S (4 DA + M DF)   projections of self-attention, feed-forward
+                        2 SS A            scores and weighted sums
+        decoder layer   T (4 DA + M DF)   as above
+                        2 A T(T + 1)/2    the same, causal: position t sees t positions
+                        T 2 DA + S 2 DA   projections of cross-attention: queries and outputs for
                                           the target, keys and values for the source
-                        2 ST D            its scores and weighted sums
+                        2 ST A            its scores and weighted sums
         head            T V D             the output projection
 
     What is not a matrix product (softmax, layer norms, activations, embeddings) is left out.
@@ -47,7 +63,7 @@ def encoder_operations(shape: Shape, source: int) -> int:
     return (
         2
         * shape.encoder_layers
-        * (source * _token_multiply_adds(shape) + 2 * source * source * shape.width)
+        * (source * _token_multiply_adds(shape) + 2 * source * source * shape.attention_width)
     )
 
 
@@ -66,8 +82,9 @@ def encode_once_gain(
 
 
 def _decoder(shape: Shape, source: int, target: int) -> int:
-    causal = shape.width * target * (target + 1)
-    cross = 2 * (source + target) * shape.width**2 + 2 * source * target * shape.width
+    inner = shape.attention_width
+    causal = inner * target * (target + 1)
+    cross = 2 * (source + target) * shape.width * inner + 2 * source * target * inner
     return shape.decoder_layers * (target * _token_multiply_adds(shape) + causal + cross)
 
 
@@ -77,4 +94,5 @@ def _head(shape: Shape, target: int) -> int:
 
 def _token_multiply_adds(shape: Shape) -> int:
     """Of one token in one layer: self-attention's projections and the feed-forward layers."""
-    return 4 * shape.width**2 + 2 * shape.width * shape.ffn_width
+    feed_forward = shape.ffn_matrices * shape.ffn_width
+    return shape.width * (4 * shape.attention_width + feed_forward)

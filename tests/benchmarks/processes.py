@@ -22,11 +22,13 @@ _SPAWN = multiprocessing.get_context("spawn")
 class Task(Protocol):
     """What a worker does; made in its own process."""
 
-    def warm_up(self) -> Any:
+    @property
+    def warm_up(self) -> Callable[..., Any]:
         """Gets ready, and chooses what there is to choose."""
         ...
 
-    def run(self) -> Any:
+    @property
+    def run(self) -> Callable[..., Any]:
         """Does the work once."""
         ...
 
@@ -55,17 +57,17 @@ class Worker:
         self._process.start()
         theirs.close()
 
-    def warm_up(self) -> Any:
+    def warm_up(self, *arguments: Any) -> Any:
         """What the task's `warm_up` returns."""
-        return self._ask("warm_up")
+        return self._ask("warm_up", arguments)
 
-    def run(self) -> Any:
+    def run(self, *arguments: Any) -> Any:
         """What the task's `run` returns."""
-        return self._ask("run")
+        return self._ask("run", arguments)
 
-    def _ask(self, command: str) -> Any:
+    def _ask(self, command: str, arguments: tuple[Any, ...]) -> Any:
         try:
-            self._connection.send(command)
+            self._connection.send((command, arguments))
             reply = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join(_STOP_SECONDS)
@@ -95,10 +97,10 @@ def _work(connection: Connection, make: Callable[[], Task]) -> None:
     try:
         with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
             while True:
-                command = connection.recv()
+                command, arguments = connection.recv()
                 try:
                     task = task or make()
-                    reply = getattr(task, command)()
+                    reply = getattr(task, command)(*arguments)
                 except Exception as error:  # whatever it is, it is told, and others go on
                     reply = _Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
                 connection.send(reply)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks.gemm import PRECISIONS
+from benchmarks.gemm import PRECISIONS, GemmRates
 from benchmarks.machine import Machine, Origin
 from benchmarks.results import Outcome, Results, Summary
 
@@ -40,8 +40,10 @@ rate of the same round, over the measured time; *f32 limit* likewise. *Peak* is 
 memory of the computing process during a round; *faults* are its minor page faults per round.
 Errors are of the pairs' mean nlls against transformers in float32, in nats per token.
 
-The last table is of another model, so small that only its vocabulary matters: how far the process's
-peak rises above what it had before, while one batch is scored.
+Of the last two tables one is of another model, so small that only its vocabulary matters: how far
+the process's peak rises above what it had before, while one batch is scored. The other has 32 of
+the pairs in 200 random batches of up to 24, in random order, with and without the compiled kernels:
+what any token's nll differs by, and what the batches took, one after the other.
 """
 
 
@@ -103,7 +105,7 @@ def _facts(results: Results) -> list[str]:
         ),
         (
             f"arithmetic: {workload.operations / 1e12:.3g} tera-operations without padding; the "
-            f"machine's GEMM rate: {_rates(results)}"
+            f"machine's GEMM rate: {gemm_facts(results.gemm_rates)}"
         ),
         *settings_facts(origin),
     ]
@@ -127,9 +129,11 @@ def settings_facts(origin: Origin) -> list[str]:
     return [f"settings: {settings}"] if settings else []
 
 
-def _rates(results: Results) -> str:
+def gemm_facts(gemm_rates: Sequence[GemmRates]) -> str:
+    """What the machine can do: the medians over rounds."""
+
     def rate(precision: str) -> float:
-        return median(rates[precision] for rates in results.gemm_rates) / 1e9
+        return median(rates[precision] for rates in gemm_rates) / 1e9
 
     return ", ".join(f"{rate(name):,.0f} GFLOP/s in {name}" for name in PRECISIONS)
 
@@ -148,6 +152,8 @@ def _tables(results: Results) -> list[tuple[str, Table]]:
         tables.append(("Ratios", Table(header, rows)))
     if results.memory:
         tables.append(("One batch over a large vocabulary", _memory(results)))
+    if results.independence:
+        tables.append(("The same pairs in other batches", _independence(results)))
     return tables
 
 
@@ -178,7 +184,7 @@ def _costs(results: Results) -> Table:
         [
             (
                 summary.name,
-                _megabytes(summary.peak_resident_bytes),
+                megabytes(summary.peak_resident_bytes),
                 _or_blank(summary.minor_page_faults, ","),
                 _or_blank(outcome.max_error, ".1e"),
                 _or_blank(outcome.mean_error, ".1e"),
@@ -203,11 +209,28 @@ def _memory(results: Results) -> Table:
                 entry.name,
                 f"{entry.vocabulary:,}",
                 f"{entry.target_tokens:,}",
-                _megabytes(entry.logits_bytes),
-                _megabytes(entry.growth_bytes),
+                megabytes(entry.logits_bytes),
+                megabytes(entry.growth_bytes),
                 f"{entry.growth_bytes / entry.logits_bytes:.1%}",
             )
             for entry in results.memory
+        ],
+    )
+
+
+def _independence(results: Results) -> Table:
+    header = ("variant", "kernels", "batches", "largest difference of a token's nll", "s")
+    return Table(
+        header,
+        [
+            (
+                entry.name,
+                "compiled" if entry.has_kernels else "the engine's",
+                f"{entry.compositions}",
+                f"{entry.largest_difference:.1e}" if entry.largest_difference else "0",
+                number(entry.seconds),
+            )
+            for entry in results.independence
         ],
     )
 
@@ -235,5 +258,6 @@ def _or_blank(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _megabytes(value: int | None) -> str:
+def megabytes(value: int | None) -> str:
+    """Of bytes; nothing where they are not known."""
     return "" if value is None else f"{value / 1e6:,.0f}"

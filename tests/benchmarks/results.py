@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from benchmarks.gemm import GemmRates
+from benchmarks.independence import IndependenceResult
 from benchmarks.machine import Machine, Origin
 from benchmarks.memory import MemoryResult
 from benchmarks.scoring import Choice, Run, Variant
@@ -126,6 +127,7 @@ class Results:
     outcomes: list[Outcome]
     gemm_rates: list[GemmRates]
     memory: list[MemoryResult]
+    independence: list[IndependenceResult]
 
     @property
     def measured(self) -> list[Outcome]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks import prepare, resources
 from benchmarks.gemm import GemmRates, GemmTask
+from benchmarks.independence import IndependenceResult, measure_independence
 from benchmarks.machine import machine, origin
 from benchmarks.memory import MemoryResult, MemorySize, measure_seqloss, measure_transformers
 from benchmarks.models import MODELS, shape_of
@@ -46,6 +47,7 @@ class Plan:
     precisions: dict[EngineName, tuple[str, ...]]
     variants: tuple[str, ...]
     memory: MemorySize | None
+    independence: bool
     folder: Path
 
 
@@ -68,6 +70,7 @@ def measure(plan: Plan) -> Results:
         outcomes=outcomes,
         gemm_rates=gemm_rates,
         memory=memory,
+        independence=_independence(plan, setup) if plan.independence else [],
     )
 
 
@@ -187,3 +190,20 @@ def _memory(plan: Plan, size: MemorySize) -> list[MemoryResult]:
     if available is None or available > _LOGITS_COPIES * part.logits_bytes:
         results.append(in_own_process(measure_transformers, checkpoint, part, plan.threads))
     return [result for result in results if result is not None]
+
+
+def _independence(plan: Plan, setup: Setup) -> list[IndependenceResult]:
+    say("the same pairs in batches of other compositions")
+    return [
+        in_own_process(
+            measure_independence,
+            setup.bundles[engine],
+            engine,
+            precision,
+            kernels,
+            setup.workload,
+        )
+        for engine, precisions in plan.precisions.items()
+        for precision in precisions
+        for kernels in ((True, False) if engine == "torch" else (False,))
+    ]

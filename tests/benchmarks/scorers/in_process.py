@@ -13,12 +13,13 @@ from benchmarks.pairs import Pairs
 from benchmarks.scoring import Scorer, Setting, Setup, own_pid
 from seqloss.batching.loop import Threads
 from seqloss.bundle.manifest import EngineName
-from seqloss.bundle.reader import open_bundle
+from seqloss.bundle.reader import Bundle, open_bundle
+from seqloss.engines.loader import load_engine
 from seqloss.metrics import Metrics
 from seqloss.records import Ragged, RequestArrays
-from seqloss.runtime import LossRuntime
+from seqloss.runtime import LoadEngine, LossRuntime
 from seqloss.scorer import ScoreOptions
-from seqloss.settings import load_settings
+from seqloss.settings import Settings, load_settings
 
 
 def make(setup: Setup, engine: EngineName, precision: str) -> Scorer:
@@ -26,22 +27,30 @@ def make(setup: Setup, engine: EngineName, precision: str) -> Scorer:
     return _InProcess(setup, engine, precision)
 
 
+async def started(
+    bundle: Bundle, settings: Settings, threads: Threads, load: LoadEngine = load_engine
+) -> LossRuntime:
+    """A model that is ready, as a server has it.
+
+    Raises:
+        RuntimeError: it did not load.
+    """
+    metrics = Metrics(CollectorRegistry()).model("bench")
+    runtime = LossRuntime("bench", bundle, settings, metrics, load)
+    await runtime.start(threads)
+    if runtime.state != "ready":
+        raise RuntimeError(runtime.reason)
+    return runtime
+
+
 class _InProcess:
     def __init__(self, setup: Setup, engine: EngineName, precision: str) -> None:
         self._settings = load_settings(device="cpu", precision=precision, threads=setup.threads)
         self._device_thread, self._host_thread = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._runner = asyncio.Runner()
-        self._runtime = LossRuntime(
-            "bench",
-            open_bundle(setup.bundles[engine]),
-            self._settings,
-            Metrics(CollectorRegistry()).model("bench"),
-        )
-        self._runner.run(
-            self._runtime.start(Threads(device=self._device_thread, host=self._host_thread))
-        )
-        if self._runtime.state != "ready":
-            raise RuntimeError(self._runtime.reason)
+        threads = Threads(device=self._device_thread, host=self._host_thread)
+        bundle = open_bundle(setup.bundles[engine])
+        self._runtime = self._runner.run(started(bundle, self._settings, threads))
 
     @property
     def pid(self) -> int:
@@ -56,7 +65,7 @@ class _InProcess:
 
     def score(self, pairs: Pairs) -> list[float]:
         scores = self._runner.run(
-            self._runtime.score(_request(pairs), ScoreOptions(priority="bulk"))
+            self._runtime.score(request_of(pairs), ScoreOptions(priority="bulk"))
         ).scores
         means: list[float] = (scores.nlls / scores.num_tokens).tolist()
         return means
@@ -68,11 +77,12 @@ class _InProcess:
         self._host_thread.shutdown()
 
 
-def _request(pairs: Pairs) -> RequestArrays:
+def request_of(pairs: Pairs, num_candidates: int = 1) -> RequestArrays:
+    """What a server makes of a body; a source has so many targets, which stand together."""
     return RequestArrays(
         source_ids=Ragged.from_rows(pairs.source_ids, np.int64),
         target_ids=Ragged.from_rows(pairs.target_ids, np.int64),
-        source_index=np.arange(len(pairs)),
+        source_index=np.arange(len(pairs)) // num_candidates,
         source_mask=None,
         target_mask=None,
         decoder_input_ids=None,

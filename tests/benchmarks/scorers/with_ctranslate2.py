@@ -93,11 +93,12 @@ class _Converter(TransformersConverter):  # type: ignore[misc]
         """What the converter asks of a tokenizer."""
         config = AutoConfig.from_pretrained(folder)
         tokens = tokens_of(config)
+        begin = _begin_id(config)
         return SimpleNamespace(
             get_vocab=lambda: {token: index for index, token in enumerate(tokens)},
             convert_ids_to_tokens=tokens.__getitem__,
             special_tokens_map={},
-            bos_token=tokens[config.bos_token_id or config.eos_token_id],
+            bos_token=tokens[config.eos_token_id if begin is None else begin],
             eos_token=tokens[config.eos_token_id],
             pad_token=tokens[config.pad_token_id],
             unk_token=tokens[_unknown_id(config)],
@@ -116,5 +117,11 @@ def tokens_of(config: Any) -> list[str]:
 
 def _unknown_id(config: Any) -> int:
     """The least id without a meaning of its own."""
-    taken = {config.eos_token_id, config.pad_token_id, config.bos_token_id}
+    taken = {config.eos_token_id, config.pad_token_id, _begin_id(config)}
     return next(index for index in range(config.vocab_size) if index not in taken)
+
+
+def _begin_id(config: Any) -> int | None:
+    """Of the beginning of a sentence; T5 and Marian have none."""
+    begin: int | None = getattr(config, "bos_token_id", None)
+    return begin

@@ -44,7 +44,7 @@ def terminal(results: Results) -> str:
     """Everything but what is measured and how."""
     blocks = ["\n".join(_facts(results))]
     for part in results.parts:
-        blocks += [_title(part), *(table.text() for table in _tables(part))]
+        blocks += [title(part), *(table.text() for table in tables(part))]
     return "\n\n".join(blocks)
 
 
@@ -53,8 +53,8 @@ def markdown(results: Results) -> str:
     blocks = [_PREAMBLE.format(command=results.origin.command).rstrip()]
     blocks.append("\n".join(f"- {fact}" for fact in _facts(results)))
     for part in results.parts:
-        blocks += [f"## {_title(part)}", inspect.cleandoc(part.about)]
-        blocks += [table.markdown() for table in _tables(part)]
+        blocks += [f"## {title(part)}", inspect.cleandoc(part.about)]
+        blocks += [table.markdown() for table in tables(part)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -73,15 +73,18 @@ def _facts(results: Results) -> list[str]:
     ]
 
 
-def _title(part: PartResult) -> str:
+def title(part: PartResult) -> str:
+    """Its name, as a heading."""
     return part.name.replace("_", " ").capitalize()
 
 
-def _tables(part: PartResult) -> Sequence[Table]:
-    return (
-        Table(part.columns, [_row(row) for row in part.rows]),
-        Table(("figure", "value", "wanted", "verdict"), [_figure(one) for one in part.figures]),
-    )
+def tables(part: PartResult) -> Sequence[Table]:
+    """What was measured, and what was wanted of it."""
+    found = [Table(part.columns, [_row(row) for row in part.rows])]
+    if part.figures:
+        figures = [_figure(one) for one in part.figures]
+        found.append(Table(("figure", "value", "wanted", "verdict"), figures))
+    return found
 
 
 def _row(row: Row) -> list[str]:
