@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 BENCH_ARGS ?=
 
-.PHONY: help serve test test-long check licenses audit bench bench-serving bench-corpus families demo-bundle demo-checkpoint constraints clean
+.PHONY: help serve test test-long check licenses audit bench bench-sweeps bench-gpu bench-serving bench-corpus bench-ray families demo-bundle demo-checkpoint constraints clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,8 +16,12 @@ serve: $(BUNDLE)/manifest.json  ## Serve the demo model; PORT=8000 by default
 	@$(BIN)/python -m seqloss.demo.greeting --port $(PORT)
 	@$(BIN)/seqloss serve demo=$(BUNDLE) --port $(PORT)
 
-test: $(INSTALLED)  ## Run all tests, a few at a time
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
+# Ray's processes, which are killed by their names, and its ports are the machine's: one at a time.
+RAY_TESTS := tests/distributed/test_ray.py
+
+test: $(INSTALLED)  ## Run all tests, a few at a time; TEST_ARGS are pytest's
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --ignore $(RAY_TESTS) $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(RAY_TESTS)
 
 test-long: $(INSTALLED)  ## Look for bugs in the batching with random examples, for an hour or so
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit --hypothesis-profile=long --timeout=0 \
@@ -26,6 +30,7 @@ test-long: $(INSTALLED)  ## Look for bugs in the batching with random examples, 
 check: $(INSTALLED)  ## Format, lint, types, import rule, README
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/clang-format --dry-run --Werror service/seqloss/kernels/cpu/*
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pip-licenses > /dev/null
@@ -42,11 +47,20 @@ audit: $(INSTALLED)  ## Look for known vulnerabilities of what is pinned; needs 
 bench: $(INSTALLED)  ## Measure speed and memory; BENCH_ARGS=--help lists its arguments
 	@PYTHONPATH=tests $(BIN)/python -m benchmarks $(BENCH_ARGS)
 
+bench-sweeps: $(INSTALLED)  ## Measure cost over pairs, lengths, classes and batches; BENCH_ARGS=--help lists its arguments
+	@PYTHONPATH=tests $(BIN)/python -m benchmarks.sweeps $(BENCH_ARGS)
+
+bench-gpu: $(INSTALLED)  ## Measure seqloss on an NVIDIA GPU; BENCH_ARGS=--help lists its arguments
+	@PYTHONPATH=tests $(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
+
 bench-serving: $(INSTALLED)  ## Measure the service under load; BENCH_ARGS=--help lists its arguments
 	@PYTHONPATH=tests $(BIN)/python -m benchmarks.serving $(BENCH_ARGS)
 
 bench-corpus: $(INSTALLED)  ## Measure seqloss-client score; BENCH_ARGS=--help lists its arguments
 	@PYTHONPATH=tests $(BIN)/python -m benchmarks.corpus $(BENCH_ARGS)
+
+bench-ray: $(INSTALLED)  ## Measure two workers beside one on Ray; BENCH_ARGS=--help lists its arguments
+	@PYTHONPATH=tests $(BIN)/python -m benchmarks.cluster $(BENCH_ARGS)
 
 families: $(INSTALLED)  ## Measure every family's error anew, for the table in the README
 	@PYTHONPATH=tests $(BIN)/python -m benchmarks.families --readme README.md

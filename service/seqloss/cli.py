@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-from seqloss import __version__, logs
+from seqloss import __version__, logs, process
 from seqloss.bundle.manifest import EngineName, Manifest, Precision
 from seqloss.errors import ConfigurationError, SeqlossError
 from seqloss.settings import Settings, load_settings
@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_import(commands.add_parser("import-onnx", help="make a bundle of an ONNX encoder-decoder"))
     _add_verify(commands.add_parser("verify", help="hold a bundle against a checkpoint"))
     _add_inspect(commands.add_parser("inspect", help="say what is in a bundle"))
+    _add_ray_score(
+        commands.add_parser("ray-score", help="score a dataset of Parquet or JSON lines on Ray")
+    )
     return parser
 
 
@@ -70,6 +73,12 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         "--precision",
         help="auto, float32, bfloat16, float16 or int8 (default: auto, the fastest that the "
         "device has and the bundle holds; int8 only where it holds nothing else)",
+    )
+    serve.add_argument(
+        "--deterministic",
+        action="store_const",
+        const=True,
+        help="serve only where a pair's loss is the same bits whoever shares its batch",
     )
     serve.add_argument("--max-batch-tokens", help="padded tokens of a batch (default: 4096)")
     serve.add_argument(
@@ -106,6 +115,11 @@ def _add_export(export: argparse.ArgumentParser) -> None:
         "--unsafe-float16",
         action="store_true",
         help="allow float16 for families that are known to overflow in it",
+    )
+    export.add_argument(
+        "--generic",
+        action="store_true",
+        help="Torch graphs of transformers' own model, also where there is a native one",
     )
     _add_what_bundles_say(export)
     export.set_defaults(run=_export)
@@ -168,6 +182,65 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     inspect.set_defaults(run=_inspect)
 
 
+def _add_ray_score(ray_score: argparse.ArgumentParser) -> None:
+    ray_score.add_argument(
+        "input", help="a .parquet or .jsonl file, a folder of them, or a URI such as s3://..."
+    )
+    ray_score.add_argument("output", help="a folder or URI; a run that ended early goes on there")
+    ray_score.add_argument(
+        "--bundle", required=True, help="the bundle's folder, the same on every machine"
+    )
+    ray_score.add_argument(
+        "--source-column", metavar="NAME", help="(default: source_ids, or source with --text)"
+    )
+    ray_score.add_argument(
+        "--target-column", metavar="NAME", help="(default: target_ids, or target with --text)"
+    )
+    ray_score.add_argument(
+        "--text", action="store_true", help="the columns hold texts, for the bundle's tokenizers"
+    )
+    ray_score.add_argument("--source-language", metavar="NAME", help="of texts")
+    ray_score.add_argument("--target-language", metavar="NAME", help="of texts")
+    ray_score.add_argument(
+        "--prefix-length",
+        type=_not_negative,
+        default=0,
+        metavar="N",
+        help="ids at the beginning of each target that are fed and do not count (default: 0)",
+    )
+    ray_score.add_argument(
+        "--keep", nargs="+", default=[], metavar="COLUMN", help="copy these into the output"
+    )
+    ray_score.add_argument("--tokens", action="store_true", help="write each token's nll as well")
+    ray_score.add_argument(
+        "--partition-rows", type=_positive, metavar="N", help="pairs of an output file, at most"
+    )
+    ray_score.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="(default: one per GPU of the cluster; without GPUs one per machine)",
+    )
+    ray_score.add_argument(
+        "--cpus-per-worker",
+        type=_positive,
+        metavar="N",
+        help="its threads (default: one beside a GPU, else all of the smallest machine)",
+    )
+    ray_score.add_argument(
+        "--address", help="of a Ray cluster (default: $RAY_ADDRESS, else this machine alone)"
+    )
+    for name in ("device", "engine", "precision", "max-batch-tokens"):
+        ray_score.add_argument(f"--{name}", help="as of seqloss serve")
+    ray_score.set_defaults(run=_ray_score)
+
+
+def _not_negative(text: str) -> int:
+    if not re.fullmatch(r"\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return int(text)
+
+
 def _positive(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
@@ -182,17 +255,10 @@ def _range(text: str) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
-# How often a thread of a matrix product looks for the others before it sleeps: for microseconds. By
-# default it looks for milliseconds, and keeps a core that the thread it waits for may need: with
-# other processes on two cores batches took 3 to 7 times as long; without, they take the same time.
-_OPENMP_SPINS = "5000"
-
-
 def _serve(options: argparse.Namespace) -> int:
     if hasattr(signal, "SIGHUP"):  # until it can reload: by default it would end the process
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # Read when Torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", _OPENMP_SPINS)
+    process.prepare()
     from seqloss.bundle.reader import open_bundle
     from seqloss.http.server import serve
 
@@ -235,7 +301,7 @@ def _named(bundles: Sequence[str]) -> dict[str, Path]:
 
 
 def _export(options: argparse.Namespace) -> int:
-    with _needs_export_extra():
+    with _needs_extra("export"):
         from seqloss.export.exporter import ExportOptions, export_checkpoint
 
     manifest = export_checkpoint(
@@ -247,6 +313,7 @@ def _export(options: argparse.Namespace) -> int:
             excluded_classes=tuple(options.exclude_classes),
             decoder_start=options.decoder_start_token_id,
             unsafe_float16=options.unsafe_float16,
+            generic=options.generic,
             force=options.force,
         ),
     )
@@ -255,7 +322,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    with _needs_export_extra():
+    with _needs_extra("export"):
         from seqloss.export.importer import ImportOptions, import_onnx
 
     manifest = import_onnx(
@@ -282,7 +349,7 @@ def _print_errors(output: Path, manifest: Manifest) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    with _needs_export_extra():
+    with _needs_extra("export"):
         from seqloss.export.verify import VerifyOptions, verify_bundle
     from seqloss.bundle.reader import open_bundle
 
@@ -306,13 +373,48 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _ray_score(options: argparse.Namespace) -> int:
+    with _needs_extra("ray"):
+        from seqloss.distributed.ray_data import Pool
+        from seqloss.distributed.ray_score import score_and_show
+        from seqloss.distributed.tables import PairColumns
+        from seqloss.distributed.workers import Work
+
+    kind = "" if options.text else "_ids"
+    settings = ("device", "engine", "precision", "max_batch_tokens")
+    return score_and_show(
+        Work(
+            source=options.input,
+            output=options.output,
+            bundle=options.bundle,
+            settings={
+                name: getattr(options, name)
+                for name in settings
+                if getattr(options, name) is not None
+            },
+            columns=PairColumns(
+                options.source_column or f"source{kind}",
+                options.target_column or f"target{kind}",
+                options.text,
+                options.source_language,
+                options.target_language,
+                options.prefix_length,
+            ),
+            kept=tuple(dict.fromkeys(options.keep)),
+            with_tokens=options.tokens,
+        ),
+        Pool(options.partition_rows, options.workers, options.cpus_per_worker),
+        options.address,
+    )
+
+
 @contextmanager
-def _needs_export_extra() -> Iterator[None]:
+def _needs_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
         raise ConfigurationError(
-            f"this command needs {error.name}: pip install 'seqloss[export]'"
+            f"this command needs {error.name}: pip install 'seqloss[{extra}]'"
         ) from error
 
 

@@ -90,6 +90,8 @@ def test_what_will_be_the_same_is_not_tried_again(
         (BUSY, errors.Overloaded),
         (problem(503, "not_ready"), errors.Unavailable),
         (Reply(502, {}, b"<html>"), errors.Unavailable),
+        # Ray Serve's proxy, when the process behind it has died.
+        (Reply(500, {}, b"Internal Server Error"), errors.ServiceError),
         (REFUSED, errors.ConnectionFailed),
         (LATE, errors.RequestTimeout),
     ],

@@ -31,6 +31,9 @@ _GRACE_SECONDS = 1.0
 _LONGEST_EXCERPT = 200
 
 _BUSY_OR_AWAY = frozenset({429, 502, 503, 504})
+# Of the service itself it is a bug, and would be one again. Without the service's code a proxy said
+# so, such as Ray Serve's when the process behind it died.
+_INTERNAL_ERROR = 500
 _REFUSALS = frozenset({429, 503})
 
 
@@ -110,11 +113,11 @@ def _may_retry(outcome: Reply | Lost | None, error: SeqlossError) -> bool:
     """Scoring changes nothing, so whatever may be otherwise next time is tried again."""
     if isinstance(outcome, Lost):
         return not outcome.is_final
-    return (
-        isinstance(error, ProblemError)
-        and error.status in _BUSY_OR_AWAY
-        and error.code != "deadline_exceeded"
-    )
+    if not isinstance(error, ProblemError):
+        return False
+    if error.status == _INTERNAL_ERROR:
+        return not error.code
+    return error.status in _BUSY_OR_AWAY and error.code != "deadline_exceeded"
 
 
 def _delay(error: SeqlossError, failures: int, timing: Timing) -> float:

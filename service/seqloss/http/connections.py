@@ -42,8 +42,11 @@ class ConnectionConfig(uvicorn.Config):
         max_connections: int | None = None,
         **rest: Any,
     ) -> None:
-        # An upgrade would take the connection out of these bounds.
-        super().__init__(app, http=BoundedProtocol, ws="none", backlog=_ACCEPTED_AT_ONCE, **rest)
+        # An upgrade would take the connection out of these bounds. asyncio's loop whatever else is
+        # installed: what these bounds count on was tried there.
+        super().__init__(
+            app, http=BoundedProtocol, loop="asyncio", ws="none", backlog=_ACCEPTED_AT_ONCE, **rest
+        )
         self.receive_timeout_seconds = receive_timeout_seconds
         self.max_connections = max_connections or _default_max_connections()
         self.connections: dict[BoundedProtocol, None] = {}

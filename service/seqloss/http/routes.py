@@ -120,6 +120,12 @@ class ModelBody(BaseModel):
     engine: str | None = Field(description="null while it is being loaded")
     device: str | None = Field(description="null while it is being loaded")
     precision: str | None = Field(description="null while it is being loaded")
+    compiled_kernels: bool | None = Field(
+        description="Whether kernels that were compiled for this CPU compute."
+    )
+    batch_invariant: bool | None = Field(
+        description="Whether a pair's losses are the same bits whoever shares its batch."
+    )
     graphs: list[GraphBody] = Field(description="What the bundle holds.")
     bundle_digest: str
     source_vocabulary_size: int
@@ -182,6 +188,8 @@ def _model_body(runtime: LossRuntime) -> ModelBody:
         engine=info.engine if info else None,
         device=info.device if info else None,
         precision=info.precision if info else None,
+        compiled_kernels=info.has_kernels if info else None,
+        batch_invariant=info.is_batch_invariant if info else None,
         graphs=[
             GraphBody(
                 engine=graph.engine,

@@ -80,9 +80,9 @@ class RequestOptions(BaseModel):
     )
     reproducible: bool = Field(
         False,
-        description="The pairs share batches with no other request's, so that the same request "
-        "gives the same bits, whatever else the service does. For large requests: small ones are "
-        "faster in company.",
+        description="The same request gives the same bits, whatever else the service does. Where "
+        "the engine's batches change bits (/models says so), its pairs share batches with no other "
+        "request's, and small requests are slower than in company.",
     )
     timeout_ms: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="From the request's arrival; then 504."

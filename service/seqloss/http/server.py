@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import signal
 import socket
 import ssl
-import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -22,6 +22,7 @@ from seqloss.errors import ConfigurationError, SeqlossError
 from seqloss.http.app import create_admin_app, create_app
 from seqloss.http.connections import ConnectionConfig
 from seqloss.models import ServedModels
+from seqloss.process import settle
 from seqloss.settings import Settings
 
 _LOG = logging.getLogger(__name__)
@@ -30,8 +31,6 @@ _LOG = logging.getLogger(__name__)
 _STRAGGLERS_SECONDS = 2
 # Which wait in the kernel to be accepted; it may hold fewer.
 _WAITING_CONNECTIONS = 2048
-# Of Python's threads, each until the next one may run.
-_SWITCH_SECONDS = 0.0005
 
 
 def serve(bundles: Mapping[str, Bundle], settings: Settings) -> bool:
@@ -53,16 +52,18 @@ def serve(bundles: Mapping[str, Bundle], settings: Settings) -> bool:
         server.should_exit = True
 
     tls = _tls_of(settings)
-    listener = _listen(settings.host, settings.port, "https" if tls else "http")
-    app = create_app(bundles, settings, on_loaded=_settle, on_fatal=stop)
+    listener = listen(settings.host, [settings.port], "https" if tls else "http")
+    app = create_app(bundles, settings, on_loaded=settle, on_fatal=stop)
     server = _DrainingServer(_config(app, settings, **tls), app.state.models)
     second = None
     if settings.admin_port is not None:
-        admin_listener = _listen(settings.admin_host, settings.admin_port, purpose="for operators")
-        config = _config(create_admin_app(app), settings, lifespan="off")
-        second = _SecondServer(config), admin_listener
-    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-        runner.run(_serve(server, listener, second, app.state.reload))
+        second = SecondServer.of(app), listen_for_operators(settings, [settings.admin_port])
+    gc.disable()  # until all is loaded: it would walk over Torch many times, and find nothing
+    try:
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(_serve(server, listener, second, app.state.reload))
+    finally:
+        gc.enable()
     return not fatal
 
 
@@ -80,7 +81,7 @@ def _config(app: FastAPI, settings: Settings, **more: Any) -> ConnectionConfig:
 async def _serve(
     server: _DrainingServer,
     listener: socket.socket,
-    second: tuple[_SecondServer, socket.socket] | None,
+    second: tuple[SecondServer, socket.socket] | None,
     reload: Callable[[], Awaitable[Mapping[str, str]]],
 ) -> None:
     """Both ports; the second one goes on answering until the first is done."""
@@ -121,8 +122,13 @@ async def _serve(
         await answering
 
 
-class _SecondServer(uvicorn.Server):
-    """Leaves signals to the first server, and ends when that one has."""
+class SecondServer(uvicorn.Server):
+    """The port for operators: leaves signals to the first server, and ends when that one has."""
+
+    @classmethod
+    def of(cls, app: FastAPI) -> SecondServer:
+        """Health, metrics and reloads of an application."""
+        return cls(_config(create_admin_app(app), app.state.settings, lifespan="off"))
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -177,19 +183,6 @@ class _DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _settle() -> None:
-    """What was loaded stays, and threads take turns quickly.
-
-    Without the first, parsing a large body takes three times as long: each of its many lists brings
-    on collections that walk over all of Torch.  Without the second, the device's thread waits up to
-    5 ms for the interpreter after each operator that it has started: 1.03 to 1.09 times as many
-    pairs of a small model are scored.
-    """
-    gc.collect()
-    gc.freeze()
-    sys.setswitchinterval(_SWITCH_SECONDS)
-
-
 def _tls_of(settings: Settings) -> dict[str, Any]:
     """What uvicorn needs for TLS; nothing where it is not asked for."""
     certificate, key = settings.tls_certificate_file, settings.tls_key_file
@@ -212,24 +205,44 @@ def _tls_of(settings: Settings) -> dict[str, Any]:
     return {"ssl_certfile": certificate, "ssl_keyfile": key}
 
 
-def _listen(
-    host: str, port: int, scheme: str = "http", purpose: str = "listening"
+def listen_for_operators(settings: Settings, ports: Sequence[int]) -> socket.socket:
+    """As `listen`, on the second port."""
+    return listen(settings.admin_host, ports, purpose="for operators")
+
+
+def listen(
+    host: str, ports: Sequence[int], scheme: str = "http", purpose: str = "listening"
 ) -> socket.socket:
-    """Binds before anything is loaded: an address in use is said at once."""
+    """Binds before anything is loaded: an address in use is said at once.
+
+    Args:
+        host: an address or a name of this machine.
+        ports: the first that is free is taken; 0 is any.
+        scheme: for the log.
+        purpose: for the log.
+
+    Raises:
+        ConfigurationError: there is no such address, or none of the ports is free.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio switches off Nagle's algorithm where a socket says that it is TCP: else the end of a
-    # reply waits for the client's delayed acknowledgement, 40 ms.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(_WAITING_CONNECTIONS)
-    except OSError as error:
-        listener.close()
-        raise ConfigurationError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; give another host "
-            "or port"
-        ) from error
-    shown = f"[{host}]" if ":" in host else host
-    _LOG.info("%s on %s://%s:%d", purpose, scheme, shown, listener.getsockname()[1])
-    return listener
+    for port in ports:
+        # asyncio switches off Nagle's algorithm where a socket says that it is TCP: else the end of
+        # a reply waits for the client's delayed acknowledgement, 40 ms.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(_WAITING_CONNECTIONS)
+        except OSError as error:
+            listener.close()
+            if error.errno == errno.EADDRINUSE and port != ports[-1]:
+                continue
+            tried = f"port {port}" if len(ports) == 1 else f"ports {ports[0]} to {ports[-1]}"
+            raise ConfigurationError(
+                f"cannot listen on {host} {tried}: {error.strerror or error}; give another host "
+                "or port"
+            ) from error
+        shown = f"[{host}]" if ":" in host else host
+        _LOG.info("%s on %s://%s:%d", purpose, scheme, shown, listener.getsockname()[1])
+        return listener
+    raise ValueError("no port was given to listen on. This is a bug.")

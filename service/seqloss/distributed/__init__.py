@@ -1,0 +1,1 @@
+"""More than one device, on Ray: Serve for requests, Data for whole datasets."""
