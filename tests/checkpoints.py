@@ -194,13 +194,15 @@ FAMILIES = tuple(RECIPES)
 MAIN_FAMILIES = ("marian", "bart", "m2m_100", "t5")
 
 
-def wide(family: str) -> dict[str, int]:
-    """Changes of a family's recipe after which there is a kernel for each of its sizes.
+def sized(family: str, size: str) -> dict[str, int]:
+    """Changes of a family's recipe: `wide`, every kernel is for its sizes; `narrow`, not every one.
 
-    Kernels are for attention heads of 16 or a multiple of it.
+    Kernels are for attention heads of 16 or, where the CPU has no more than AVX2, of 8, and of
+    multiples of it.
     """
+    width = {"wide": 16, "narrow": 4}[size]
     config: Any = RECIPES[family].config
-    return {"d_model": 64, "d_kv": 16} if "d_kv" in config else {"d_model": 64}
+    return {"d_model": 4 * width} | ({"d_kv": width} if "d_kv" in config else {})
 
 
 def make_model(family: str, **changes: Any) -> PreTrainedModel:

@@ -89,9 +89,9 @@ def engine_name(request: pytest.FixtureRequest) -> EngineName:
 def export_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
     """Exports a family's random checkpoint, `demo` or `oracle`; each once per run and engine.
 
-    `wide-` before a family's name asks for sizes that all kernels have, `generic` for transformers'
-    own graph where there is a native one. Tests that run in several processes share what any of
-    them exported.
+    `wide-` before a family's name asks for sizes that all kernels have, `narrow-` for others,
+    `generic` for transformers' own graph where there is a native one. Tests that run in several
+    processes share what any of them exported.
     """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -126,15 +126,15 @@ def bundle_of(engine_name: EngineName, export_once: Callable[..., Bundle]) -> Ca
 
 
 @pytest.fixture(scope="session", name="kernel_library")
-def _kernel_library() -> Any:
-    """See `compiled_kernels.kernel_library`."""
+def _kernel_library(request: pytest.FixtureRequest) -> Any:
+    """See `compiled_kernels.kernel_library`; the parameter is one of its levels."""
     from compiled_kernels import kernel_library
 
-    return kernel_library()
+    return kernel_library(getattr(request, "param", "best"))
 
 
 def _export(name: str, engine: EngineName, folder: Path, *, generic: bool) -> None:
-    from checkpoints import MAIN_FAMILIES, save_checkpoint, wide
+    from checkpoints import MAIN_FAMILIES, save_checkpoint, sized
     from seqloss.demo import BACKWARD_CHECKPOINT, CHECKPOINT
     from seqloss.export.exporter import ExportOptions, export_checkpoint
 
@@ -149,8 +149,9 @@ def _export(name: str, engine: EngineName, folder: Path, *, generic: bool) -> No
         # Its classes 43 to 93 are source ids, which the softmax is not over.
         checkpoint = ORACLE
         options = ExportOptions(engines=(engine,), excluded_classes=((43, 93),))
-    elif (family := name.removeprefix("wide-")) != name:
-        checkpoint = save_checkpoint(family, folder / "checkpoint", **wide(family))
+    elif name.startswith(("wide-", "narrow-")):
+        size, _, family = name.partition("-")
+        checkpoint = save_checkpoint(family, folder / "checkpoint", **sized(family, size))
         options = ExportOptions(engines=(engine,), precisions=("float32", "bfloat16"))
     else:
         checkpoint = save_checkpoint(name, folder / "checkpoint")

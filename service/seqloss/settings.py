@@ -108,9 +108,9 @@ class Settings(BaseSettings):
     """CPU threads for matrix products. None: as many as the engine finds cores."""
 
     kernels: bool = True
-    """Whether a Torch bundle on a CPU with AVX-512 runs on kernels that are compiled for it, at the
-    first start, within seconds and beside the service, which answers meanwhile. They need a C++
-    compiler; without one Torch's own operators compute, at about half the speed."""
+    """Whether a Torch bundle on a CPU with AVX2 or AVX-512 runs on kernels that are compiled for
+    it, at the first start, within seconds and beside the service, which answers meanwhile. They
+    need a C++ compiler; without one Torch's own operators compute, at about half the speed."""
 
     cache_dir: Path = USER_CACHE
     """Where compiled kernels are kept. Nobody else may write there."""

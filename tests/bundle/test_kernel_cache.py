@@ -34,7 +34,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "two.cpp").write_text('extern "C" int other() { return 2; }\n')
     monkeypatch.setattr(build, "_SOURCES", folder)
     monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
-    monkeypatch.setattr(build, "instructions", lambda: build._NEEDED)
+    monkeypatch.setattr(build, "instructions", lambda: build.AVX512)
     return folder
 
 
@@ -220,11 +220,9 @@ def test_a_compiler_that_hangs_is_ended(
 def test_a_cpu_without_the_instructions_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for missing in build._NEEDED:
-        monkeypatch.setattr(
-            build, "instructions", lambda missing=missing: build._NEEDED - {missing}
-        )
-        with pytest.raises(KernelsUnavailableError, match="no AVX-512"):
+    for missing in build.AVX2:
+        monkeypatch.setattr(build, "instructions", lambda missing=missing: build.AVX512 - {missing})
+        with pytest.raises(KernelsUnavailableError, match="no AVX2"):
             built(tmp_path / "cache")
         assert not is_built(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -252,12 +250,13 @@ def test_other_flags_another_cpu_and_another_version_are_other_libraries(
     paths = [built(tmp_path / "cache")]
     for name, value in (
         ("_FLAGS", (*build._FLAGS, "-DCHANGED")),
-        ("instructions", lambda: build._NEEDED | {"avx512_bf16"}),
+        ("instructions", lambda: build.AVX512_BF16),
+        ("instructions", lambda: build.AVX2),
         ("__version__", "another"),
     ):
         monkeypatch.setattr(build, name, value)
         paths.append(built(tmp_path / "cache"))
-    assert len(set(paths)) == 4
+    assert len(set(paths)) == 5
 
 
 def test_what_came_with_the_package_is_not_compiled(
@@ -266,9 +265,9 @@ def test_what_came_with_the_package_is_not_compiled(
     """For each CPU that there are kernels for, whatever the one is that made the package."""
     log = make_compiler('exec g++ "$@"')
     made = build_for_all(build.PREBUILT)
-    assert len(set(made)) == 2
+    assert len(set(made)) == 3
     num_runs = len(runs(log))
-    for has in (build._NEEDED, build._NEEDED | {"avx512_bf16"}):
+    for has in (build.AVX2, build.AVX512, build.AVX512_BF16):
         monkeypatch.setattr(build, "instructions", lambda has=has: has)
         assert is_built(tmp_path / "cache")
         assert built(tmp_path / "cache") in made
@@ -323,7 +322,7 @@ from pathlib import Path
 from seqloss.kernels import build
 
 build._SOURCES = Path(sys.argv[1])
-build.instructions = lambda: build._NEEDED
+build.instructions = lambda: build.AVX512
 sys.stdin.readline()
 print(build.built(Path(sys.argv[2])))
 """

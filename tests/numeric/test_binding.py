@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import seqloss.model.operators  # noqa: F401 - registers them
-from checkpoints import save_checkpoint, wide
+from checkpoints import save_checkpoint, sized
 from seqloss.bundle.reader import Bundle, open_bundle
 from seqloss.engines.binding import Bound, bind
 from seqloss.engines.loader import load_engine
@@ -80,7 +80,7 @@ def test_without_kernels_nothing_is_compiled() -> None:
 @pytest.fixture(scope="module")
 def half_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("half")
-    save_checkpoint("marian", folder / "checkpoint", **wide("marian"))
+    save_checkpoint("marian", folder / "checkpoint", **sized("marian", "wide"))
     options = ExportOptions(engines=("torch",), precisions=("float32", "float16"))
     export_checkpoint(str(folder / "checkpoint"), folder / "bundle", options)
     return open_bundle(folder / "bundle")

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from compiled_kernels import LEVELS
 from numeric.test_head import TOLERANCE, naive_terms, random_head
 from seqloss.errors import BundleError
 from seqloss.kernels.functions import KernelLibrary
 from seqloss.loss.compiled_head import CompiledHead
 from seqloss.loss.head import OutputProjection, output_projection
+
+pytestmark = pytest.mark.parametrize("kernel_library", LEVELS, indirect=True, scope="session")
 
 DTYPES = [torch.float32, torch.bfloat16]
 

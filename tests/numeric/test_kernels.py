@@ -8,17 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from compiled_kernels import LEVELS
 from seqloss.errors import BundleError
 from seqloss.kernels.functions import AttentionSettings, KernelLibrary
 from seqloss.kernels.modules import CompiledAttention, CompiledLinear, CompiledNorm
 from seqloss.model import operators
+
+pytestmark = pytest.mark.parametrize("kernel_library", LEVELS, indirect=True, scope="session")
 
 # Sums of some hundred products of size 1 in float32.
 TOLERANCE = 1e-5
 # Half a unit in the last place of a bfloat16, relative to it.
 ROUNDING = 2.0**-8
 
-# A tile has 6 rows and a panel 64 columns: fewer, as many, one more, and more than a thread takes.
+# A tile has 6 rows and a panel 16 or 64 columns: fewer, as many, one more, and more than a thread takes.
 ROWS = [0, 1, 5, 6, 7, 241]
 SIZES = [(16, 16), (32, 48), (64, 64), (130, 80), (258, 272)]
 

@@ -99,8 +99,8 @@ def _not_deterministic(bundle: Bundle, why: str = "") -> ConfigurationError:
     return ConfigurationError(
         f"{bundle.folder} cannot be served deterministically here: that takes a Torch graph of a "
         "family that has a native model, in float32 or bfloat16, in sizes that kernels have, a CPU "
-        "with AVX-512, and g++; and --precision float32 on a CPU with AMX, whose "
-        f"bfloat16 products are oneDNN's{why}"
+        "with AVX2 (for bfloat16 with AVX512_BF16), and g++; and --precision float32 on a CPU with "
+        f"AMX, whose bfloat16 products are oneDNN's{why}"
     )
 
 

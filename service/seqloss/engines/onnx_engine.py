@@ -165,8 +165,8 @@ def _session(
     # by a twelfth; a server's cores are not its own between batches, and there they sleep.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Sums of two int8 products do not fit into the 16 bits that a CPU without VNNI has for them: there
-    # it multiplies more slowly, and by default wrongly.
+    # Without VNNI a CPU has 16 bits for the sum of two int8 products, which does not always fit:
+    # there the products are made in another way, more slowly, and by default wrongly.
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.load_model_format", "ONNX")
     options.add_session_config_entry(

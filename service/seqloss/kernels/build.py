@@ -24,14 +24,24 @@ from seqloss.errors import KernelsUnavailableError
 _SOURCES = Path(__file__).parent / "cpu"
 # Of a package that was built with `python -m seqloss.kernels`.
 PREBUILT = Path(__file__).parent / "prebuilt"
-# GCC 11 is the first that knows x86-64-v4. It finds uninitialised values in its own header of
-# vector functions; contraction into fused operations would make results depend on what it fuses.
+# GCC finds uninitialised values in its own header of vector functions; contraction into fused
+# operations would make results depend on what it fuses.
 _FLAGS = (
-    "-std=c++20 -O3 -fPIC -fopenmp -ffp-contract=off -march=x86-64-v4 -Wall -Wextra "
-    "-Wno-uninitialized -Wno-maybe-uninitialized"
+    "-std=c++20 -O3 -fPIC -fopenmp -ffp-contract=off -Wall -Wextra -Wno-uninitialized "
+    "-Wno-maybe-uninitialized"
 ).split()
-_BFLOAT16_FLAGS = ("-mavx512bf16",)
-_NEEDED = frozenset("avx512f avx512bw avx512dq avx512vl".split())
+
+# What kernels are made for, by the names of `instructions`.
+AVX2 = frozenset("avx2 bmi1 bmi2 f16c fma movbe".split())
+AVX512 = AVX2 | frozenset("avx512f avx512bw avx512dq avx512vl".split())
+AVX512_BF16 = AVX512 | {"avx512_bf16"}
+# The best first. GCC 11 is the first that knows these architectures.
+_ARCHITECTURES = {
+    AVX512_BF16: ("-march=x86-64-v4", "-mavx512bf16"),
+    AVX512: ("-march=x86-64-v4",),
+    AVX2: ("-march=x86-64-v3",),
+}
+
 _TIMEOUT_SECONDS = 300
 # Models of one process want the same library at the same time.
 _COMPILING = threading.Lock()
@@ -87,8 +97,8 @@ def build_for_all(folder: Path) -> list[Path]:
     made = []
     with _written_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for beside in (frozenset[str](), frozenset({"avx512_bf16"})):
-            flags = _flags(_NEEDED | beside)
+        for needed in _ARCHITECTURES:
+            flags = _flags(needed)
             made.append(folder / _name(flags))
             _compile(made[-1], flags)
     return made
@@ -110,9 +120,10 @@ def _written_to(folder: Path) -> Iterator[None]:
 
 
 def _flags(found: frozenset[str]) -> tuple[str, ...]:
-    if platform.system() != "Linux" or not found >= _NEEDED:
-        raise KernelsUnavailableError("the CPU has no AVX-512, or this is not Linux")
-    return (*_FLAGS, *(_BFLOAT16_FLAGS if "avx512_bf16" in found else ()))
+    needed = next((needed for needed in _ARCHITECTURES if found >= needed), None)
+    if platform.system() != "Linux" or needed is None:
+        raise KernelsUnavailableError("the CPU has no AVX2, or this is not Linux")
+    return (*_FLAGS, *_ARCHITECTURES[needed])
 
 
 def _compiler() -> str:

@@ -14,10 +14,6 @@ from torch import Tensor
 from seqloss.errors import KernelsUnavailableError
 from seqloss.kernels.build import instructions
 
-# As in cpu/products.h and cpu/simd.h.
-WIDTH = 64
-LANES = 16
-
 _ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 
 _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -36,7 +32,7 @@ class Panels:
     """A weight as the kernels read it.
 
     Attributes:
-        values: Shape: (panels, inner * WIDTH).
+        values: Shape: (panels, inner * width), with the width of the library's panels.
         rows: of the weight: columns of products.
         inner: what is summed over.
     """
@@ -88,7 +84,12 @@ class AttentionSettings(NamedTuple):
 
 
 class KernelLibrary:
-    """The functions of one compiled library, for the dtypes that its CPU has."""
+    """The functions of one compiled library, for the dtypes that its CPU has.
+
+    Attributes:
+        lanes: how many floats the CPU computes at a time; what kernels write rows in.
+        panel_width: how many outputs of a product stand together.
+    """
 
     def __init__(self, path: Path) -> None:
         """Loads it into the process; Torch must be there already, whose OpenMP it uses.
@@ -100,6 +101,8 @@ class KernelLibrary:
             self._library = ctypes.CDLL(str(path))
         except OSError as error:
             raise KernelsUnavailableError(f"{path} does not load; remove it: {error}") from error
+        self.lanes: int = self._library.lanes()
+        self.panel_width: int = self._library.panel_width()
         self._has_amx = "amx_bf16" in instructions()
         self._functions: dict[tuple[str, torch.dtype], Callable[..., int]] = {}
         for dtype in (torch.float32, torch.bfloat16):
@@ -121,7 +124,7 @@ class KernelLibrary:
         """Shape of the weight: (rows, inner); bfloat16 ones have an even inner size."""
         weight = weight.detach().contiguous()
         rows, inner = weight.shape
-        values = weight.new_empty(-(-rows // WIDTH), inner * WIDTH)
+        values = weight.new_empty(-(-rows // self.panel_width), inner * self.panel_width)
         self._functions["pack", weight.dtype](
             weight.data_ptr(), values.data_ptr(), rows, inner, torch.get_num_threads()
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqloss.errors import BundleError
-from seqloss.kernels.functions import LANES, WIDTH, AttentionSettings, KernelLibrary
+from seqloss.kernels.functions import AttentionSettings, KernelLibrary
 
 
 class CompiledLinear(nn.Module):
@@ -29,7 +29,7 @@ class CompiledLinear(nn.Module):
         self._library, self._activation, self._outputs = library, activation, dtype
         self._panels = library.pack(weight)
         _require(bias is None or bias.shape == weight.shape[:1], "a bias")
-        self._bias = torch.zeros(len(self._panels.values) * WIDTH)
+        self._bias = torch.zeros(len(self._panels.values) * library.panel_width)
         if bias is not None:
             self._bias[: len(bias)] = bias
         self._dtype = weight.dtype
@@ -37,8 +37,9 @@ class CompiledLinear(nn.Module):
     @staticmethod
     def fits(library: KernelLibrary, weight: Tensor) -> bool:
         """Whether there is a kernel for the weight."""
-        is_even = weight.dim() == 2 and weight.shape[0] % LANES == 0 and weight.shape[1] % 2 == 0
-        return is_even and library.multiplies(weight.dtype)
+        if weight.dim() != 2 or not library.multiplies(weight.dtype):
+            return False
+        return weight.shape[0] % library.lanes == 0 and weight.shape[1] % 2 == 0
 
     def forward(self, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
         """Shapes: (N, inner) and (N, outputs) to (N, outputs)."""
@@ -89,7 +90,7 @@ class CompiledNorm(nn.Module):
     @staticmethod
     def fits(library: KernelLibrary, weight: Tensor, dtype: torch.dtype) -> bool:
         """Whether there is a kernel for the norm."""
-        return library.has(dtype) and weight.dim() == 1 and len(weight) % LANES == 0
+        return library.has(dtype) and weight.dim() == 1 and len(weight) % library.lanes == 0
 
     def forward(self, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Shape: (N, D) to both of (N, D), as far as they are wanted."""
@@ -124,13 +125,13 @@ class CompiledAttention(nn.Module):
     @staticmethod
     def fits(library: KernelLibrary, width: int, how: AttentionSettings) -> bool:
         """Whether there is a kernel for queries of the width, all heads together."""
-        return width % (how.heads * LANES) == 0 and library.has(how.dtype)
+        return width % (how.heads * library.lanes) == 0 and library.has(how.dtype)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, *bounds: Tensor) -> Tensor:
         """Starts and ends of queries and keys; see `seqloss.model.operators.attention`."""
         _require(
             all(map(_is_here, (queries, keys, values, *bounds)))
-            and queries.shape[1] % (self._how.heads * LANES) == 0
+            and queries.shape[1] % (self._how.heads * self._library.lanes) == 0
             and queries.shape[1:] == keys.shape[1:]
             and keys.shape == values.shape
             and all(

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from seqloss.errors import BundleError
-from seqloss.kernels.functions import WIDTH, ClassSums, HeadTokens, KernelLibrary
+from seqloss.kernels.functions import ClassSums, HeadTokens, KernelLibrary
 from seqloss.loss.head import ABSENT, OutputProjection
 
 # In nats: how much further each look goes where the others are ahead of a label by more than a
@@ -40,7 +40,9 @@ class CompiledHead:
             raise BundleError("the output projection has sizes that do not belong together")
         self._projection, self._dtype, self._library = projection, dtype, library
         self._panels = library.pack(projection.weight.to(dtype))
-        self._bias = projection.bias.new_full((len(self._panels.values) * WIDTH,), ABSENT)
+        self._bias = projection.bias.new_full(
+            (len(self._panels.values) * library.panel_width,), ABSENT
+        )
         self._bias[:classes] = projection.bias
 
     @staticmethod

@@ -10,16 +10,11 @@
 
 namespace {
 
-// Transposes 16 x 16 words: four times, halves are shuffled like a deck of cards.
-inline void transpose(__m512i (&rows)[LANES]) {
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  for (int round = 0; round < 4; round++) {
-    __m512i shuffled[LANES];
-    for (int i = 0; i < LANES / 2; i++) {
-      shuffled[2 * i] = _mm512_permutex2var_epi32(rows[i], low, rows[i + LANES / 2]);
-      shuffled[2 * i + 1] = _mm512_permutex2var_epi32(rows[i], high, rows[i + LANES / 2]);
-    }
+// Transposes LANES x LANES floats: halves are shuffled like a deck of cards until all are in order.
+inline void transpose(Vector (&rows)[LANES]) {
+  for (int places = 1; places < LANES; places *= 2) {
+    Vector shuffled[LANES / 2][2];
+    for (int i = 0; i < LANES / 2; i++) interleave(rows[i], rows[i + LANES / 2], shuffled[i]);
     std::memcpy(rows, shuffled, sizeof shuffled);
   }
 }
@@ -29,11 +24,11 @@ void pack_keys(const float* keys, int64_t stride, int64_t num_keys, int64_t widt
   for (int64_t first = 0; first < num_keys; first += LANES) {
     float* to = panels + first / WIDTH * WIDTH * width + first % WIDTH;
     for (int64_t k = 0; k < width; k += LANES) {
-      __m512i rows[LANES] = {};
+      Vector rows[LANES] = {};
       for (int64_t i = 0; i < std::min<int64_t>(LANES, num_keys - first); i++)
-        rows[i] = _mm512_loadu_si512(keys + (first + i) * stride + k);
+        rows[i] = load(keys + (first + i) * stride + k);
       transpose(rows);
-      for (int64_t i = 0; i < LANES; i++) _mm512_storeu_si512(to + (k + i) * WIDTH, rows[i]);
+      for (int64_t i = 0; i < LANES; i++) store(to + (k + i) * WIDTH, rows[i]);
     }
   }
 }
@@ -78,19 +73,18 @@ inline float softmax(float* scores, const float* bias, float scale, int64_t num_
   const Vector least = splat(-INFINITY);
   Vector largest = least;
   for (int64_t k = 0; k < num_keys; k += LANES) {
-    const __mmask16 inside = num_keys - k < LANES ? (1 << (num_keys - k)) - 1 : 0xffff;
-    Vector score = _mm512_mul_ps(load(scores + k), splat(scale));
-    if (bias) score = _mm512_add_ps(score, load(bias + k));
-    score = _mm512_mask_mov_ps(least, inside, score);
+    Vector score = load(scores + k) * splat(scale);
+    if (bias) score += load(bias + k);
+    score = first_lanes(score, num_keys - k, least);
     store(scores + k, score);
-    largest = _mm512_max_ps(largest, score);
+    largest = larger(largest, score);
   }
-  largest = splat(_mm512_reduce_max_ps(largest));
+  largest = splat(largest_of(largest));
   Vector total = splat(0.f);
   for (int64_t k = 0; k < num_keys; k += LANES) {
-    const Vector exp = exponential(_mm512_sub_ps(load(scores + k), largest));
+    const Vector exp = exponential(load(scores + k) - largest);
     store(scores + k, exp);
-    total = _mm512_add_ps(total, exp);
+    total += exp;
   }
   return 1.f / sum(total);
 }
@@ -122,7 +116,7 @@ void attend_rows(const Arguments<T>& with, const float* queries, T* attended, in
     for (int64_t i = 0; i < rows; i++)
       for (int64_t j = 0; j < std::min<int64_t>(WIDTH, width - column); j += LANES)
         store(attended + i * with.heads * width + column + j,
-              _mm512_mul_ps(load(tile.row[i] + j), splat(scales[i])));
+              load(tile.row[i] + j) * splat(scales[i]));
   }
 }
 

@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 40 * ROWS;
-constexpr int64_t PANELS_AT_ONCE = 16;
+constexpr int64_t PANELS_AT_ONCE = 1024 / WIDTH;
 
 // Of each token, over the classes but its label, with d = z - z_label.
 struct Outputs {
@@ -37,15 +37,13 @@ inline void add(const float* products, const float* bias, float label_logit, int
   const Vector least = splat(-110.f);
   Vector total = lanes.total;
   for (int j = 0; j < VECTORS; j++) {
-    const Vector logits = _mm512_add_ps(load(products + j * LANES), load(bias + j * LANES));
-    Vector distance = _mm512_sub_ps(logits, splat(label_logit));
-    const bool is_here = label >= j * LANES && label < (j + 1) * LANES;
-    distance = _mm512_mask_mov_ps(distance, is_here ? 1 << (label - j * LANES) : 0, least);
+    const Vector logits = load(products + j * LANES) + load(bias + j * LANES);
+    const Vector distance = replace_lane(logits - splat(label_logit), label - j * LANES, least);
     const Vector exp = exponential(distance);
-    total = _mm512_add_ps(total, exp);
+    total += exp;
     if constexpr (ALL) {
-      lanes.weighted = _mm512_fmadd_ps(exp, _mm512_max_ps(least, distance), lanes.weighted);
-      lanes.rank += __builtin_popcount(_mm512_cmp_ps_mask(distance, splat(0.f), _CMP_GT_OQ));
+      lanes.weighted = multiply_add(exp, larger(least, distance), lanes.weighted);
+      lanes.rank += num_positive(distance);
     }
   }
   lanes.total = total;
@@ -122,7 +120,7 @@ void label_logits(const float* hidden, const T* weight, const float* bias, const
     Vector total = splat(0.f);
     int64_t k = 0;
     for (; k + LANES <= inner; k += LANES)
-      total = _mm512_fmadd_ps(load(hidden + token * inner + k), load(row + k), total);
+      total = multiply_add(load(hidden + token * inner + k), load(row + k), total);
     float rest = 0;
     for (; k < inner; k++) rest += hidden[token * inner + k] * as_float(row[k]);
     logits[token] = sum(total) + rest + bias[labels[token]];

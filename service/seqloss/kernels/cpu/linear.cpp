@@ -7,38 +7,37 @@ namespace {
 
 // Rows that share a panel while it is in the cache; a multiple of a tile's.
 constexpr int64_t ROWS_AT_ONCE = 40 * ROWS;
+// Of the cache.
+constexpr int64_t FLOATS_PER_LINE = 16;
 
 enum Activation : int { NONE, RELU, SILU, GELU, GELU_TANH };
 
 // x Phi(x), with erf by formula 7.1.26 of Abramowitz and Stegun: to 1.5e-7.
 inline Vector gelu(Vector x) {
-  const Vector z = _mm512_abs_ps(_mm512_mul_ps(x, splat(0.70710678f)));
+  const Vector z = magnitude(x * splat(0.70710678f));
   const Vector one = splat(1.f);
-  const Vector t = _mm512_div_ps(one, _mm512_fmadd_ps(splat(0.3275911f), z, one));
+  const Vector t = one / multiply_add(splat(0.3275911f), z, one);
   Vector p = splat(1.061405429f);
   for (const float coefficient : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
-    p = _mm512_fmadd_ps(p, t, splat(coefficient));
-  const Vector tail =
-      _mm512_mul_ps(_mm512_mul_ps(p, t), exponential(_mm512_fnmadd_ps(z, z, splat(0.f))));
-  const Vector erf = _mm512_sub_ps(one, tail);
-  const Vector half = _mm512_mul_ps(x, splat(0.5f));
+    p = multiply_add(p, t, splat(coefficient));
+  const Vector erf = one - p * t * exponential(subtract_product(z, z, splat(0.f)));
+  const Vector half = x * splat(0.5f);
   // erf is odd: x erf(x / sqrt 2) = |x| erf(z).
-  return _mm512_fmadd_ps(_mm512_abs_ps(half), erf, half);
+  return multiply_add(magnitude(half), erf, half);
 }
 
 // 1/2 x (1 + tanh u) = x sigmoid(2u), with u = sqrt(2 / pi) (x + 0.044715 x^3).
 inline Vector gelu_tanh(Vector x) {
-  const Vector square = _mm512_mul_ps(x, x);
-  const Vector scale = _mm512_fmadd_ps(square, splat(0.0713548163f), splat(1.5957691216f));
-  return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(x, scale)));
+  const Vector scale = multiply_add(x * x, splat(0.0713548163f), splat(1.5957691216f));
+  return x * sigmoid(x * scale);
 }
 
 inline Vector activated(Vector x, int activation) {
   switch (activation) {
     case RELU:
-      return _mm512_max_ps(splat(0.f), x);
+      return larger(splat(0.f), x);
     case SILU:
-      return _mm512_mul_ps(x, sigmoid(x));
+      return x * sigmoid(x);
     case GELU:
       return gelu(x);
     case GELU_TANH:
@@ -71,7 +70,7 @@ struct Output {
   // What is in no cache yet is there when the products are done.
   void prefetch(int64_t rows) const {
     for (int64_t i = 0; i < rows; i++)
-      for (int64_t column = 0; column < WIDTH; column += LANES) {
+      for (int64_t column = 0; column < WIDTH; column += FLOATS_PER_LINE) {
         _mm_prefetch(residual + i * stride + column, _MM_HINT_T0);
         __builtin_prefetch(wide + i * stride + column, 1);
       }
@@ -81,9 +80,9 @@ struct Output {
     for (int64_t i = 0; i < rows; i++)
       for (int64_t column = 0; column < columns; column += LANES) {
         const int64_t offset = i * stride + column;
-        const Vector value = _mm512_add_ps(load(tile.row[i] + column), load(bias + column));
+        const Vector value = load(tile.row[i] + column) + load(bias + column);
         if (residual)
-          store(wide + offset, _mm512_add_ps(value, load(residual + offset)));
+          store(wide + offset, value + load(residual + offset));
         else if (rounded)
           store(rounded + offset, activated(value, activation));
         else
@@ -118,6 +117,10 @@ void linear(const T* x, const T* panels, const float* bias, const float* residua
 }  // namespace
 
 extern "C" {
+
+int lanes() { return LANES; }
+
+int panel_width() { return WIDTH; }
 
 // Makes panels of a weight. Shapes: (rows, inner) to (panels, inner, WIDTH), zeros after the rows.
 void pack_float32(const float* weight, float* panels, int64_t rows, int64_t inner, int threads) {

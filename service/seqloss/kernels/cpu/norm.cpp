@@ -11,19 +11,18 @@ void norm_row(const float* x, const float* weight, const float* bias, float* y, 
               int64_t width, float epsilon) {
   Vector mean = splat(0.f);
   if (bias) {
-    for (int64_t k = 0; k < width; k += LANES) mean = _mm512_add_ps(mean, load(x + k));
+    for (int64_t k = 0; k < width; k += LANES) mean += load(x + k);
     mean = splat(sum(mean) / static_cast<float>(width));
   }
   Vector squares = splat(0.f);
   for (int64_t k = 0; k < width; k += LANES) {
-    const Vector centred = _mm512_sub_ps(load(x + k), mean);
-    squares = _mm512_fmadd_ps(centred, centred, squares);
+    const Vector centred = load(x + k) - mean;
+    squares = multiply_add(centred, centred, squares);
   }
   const Vector scale = splat(1.f / std::sqrt(sum(squares) / static_cast<float>(width) + epsilon));
   for (int64_t k = 0; k < width; k += LANES) {
-    Vector value = _mm512_mul_ps(_mm512_sub_ps(load(x + k), mean), scale);
-    value = _mm512_mul_ps(value, load(weight + k));
-    if (bias) value = _mm512_add_ps(value, load(bias + k));
+    Vector value = (load(x + k) - mean) * scale * load(weight + k);
+    if (bias) value += load(bias + k);
     if (y) store(y + k, value);
     if (rounded) store(rounded + k, value);
   }

@@ -2,7 +2,7 @@
 //
 // A panel holds WIDTH rows of the weight, which are columns of the product, such that one step of
 // the inner loop reads it in order: a float of each row, or two neighbouring bfloat16, which one
-// instruction multiplies and sums up. A tile of ROWS x WIDTH sums fills 24 of the 32 registers.
+// instruction multiplies and sums up. A tile of ROWS x WIDTH sums fills three registers of four.
 //
 // Every sum is made of the same products in the same order, whichever tile computes it: a row's
 // result depends on no other row.
@@ -11,7 +11,6 @@
 #include "simd.h"
 
 constexpr int ROWS = 6;
-constexpr int VECTORS = 4;
 constexpr int WIDTH = VECTORS * LANES;
 
 // How many neighbours of a row stand together in a panel.
@@ -36,7 +35,7 @@ inline void add_products(const float* rows, int64_t stride, const float* panel, 
     for (int i = 0; i < R; i++) {
       const Vector value = splat(rows[i * stride + k]);
 #pragma GCC unroll 4
-      for (int j = 0; j < V; j++) sums[i][j] = _mm512_fmadd_ps(value, weights[j], sums[i][j]);
+      for (int j = 0; j < V; j++) sums[i][j] = multiply_add(value, weights[j], sums[i][j]);
     }
   }
 }
