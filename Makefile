@@ -17,7 +17,7 @@ serve: $(BUNDLE)/manifest.json  ## Serve the demo model; PORT=8000 by default
 	@$(BIN)/seqloss serve demo=$(BUNDLE) --port $(PORT)
 
 # Ray's processes, which are killed by their names, and its ports are the machine's: one at a time.
-RAY_TESTS := tests/distributed/test_ray.py
+RAY_TESTS := tests/distributed/on_ray
 
 test: $(INSTALLED)  ## Run all tests, a few at a time; TEST_ARGS are pytest's
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --ignore $(RAY_TESTS) $(TEST_ARGS)

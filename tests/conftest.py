@@ -21,7 +21,6 @@ from fakes import FakeEngine, fake_bundle
 from seqloss.bundle.manifest import MANIFEST_NAME, EngineName, Precision
 from seqloss.bundle.reader import Bundle, open_bundle
 from seqloss.engines.base import Engine
-from seqloss.engines.upgrading import UpgradingEngine
 from seqloss.http.app import create_app
 from seqloss.settings import Settings
 from server import Server
@@ -177,17 +176,19 @@ class KeptEngine:
 @pytest.fixture(scope="session")
 def load_once() -> Callable[..., Engine]:
     """As `load_engine`, but each engine once per run."""
-    from seqloss.engines.loader import load_engine
+    from seqloss.engines.loader import KernelOptions, load_engine
 
     loaded: dict[tuple[Any, ...], Engine] = {}
 
     def load(bundle: Bundle, *options: Any) -> Engine:
-        key = (bundle.digest, *options)
+        # Which engine a test meets, with kernels or still without, must not be chance.
+        waiting = [
+            replace(option, wait=True) if isinstance(option, KernelOptions) else option
+            for option in options
+        ]
+        key = (bundle.digest, *waiting)
         if key not in loaded:
-            engine = load_engine(bundle, *options)
-            if isinstance(engine, UpgradingEngine):
-                engine._thread.join()  # which of its two engines a test meets must not be chance
-            loaded[key] = KeptEngine(engine)
+            loaded[key] = KeptEngine(load_engine(bundle, *waiting))
         return loaded[key]
 
     return load

@@ -21,7 +21,8 @@ TOLERANCE = 1e-5
 # Half a unit in the last place of a bfloat16, relative to it.
 ROUNDING = 2.0**-8
 
-# A tile has 6 rows and a panel 16 or 64 columns: fewer, as many, one more, and more than a thread takes.
+# A tile has 6 rows and a panel 16 or 64 columns: fewer, as many, one more, and more than a thread
+# takes.
 ROWS = [0, 1, 5, 6, 7, 241]
 SIZES = [(16, 16), (32, 48), (64, 64), (130, 80), (258, 272)]
 

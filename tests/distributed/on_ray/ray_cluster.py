@@ -1,4 +1,4 @@
-"""A Ray of two processors on this machine, and what is left of it."""
+"""A Ray of two processors on this machine, what is left of it, and what it is asked."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import ray
 from ray import serve
 
+VOCABULARY = 90
 _LAST_SECONDS = 20
 
 
@@ -62,3 +64,16 @@ def _title(process: Path) -> str:
         return (process / "cmdline").read_bytes().split(b"\0")[0].decode()
     except OSError:
         return ""
+
+
+def random_pairs(number: int, seed: int = 3) -> tuple[list[list[int]], list[list[int]]]:
+    """Sources and targets of the demo model."""
+    generator = np.random.default_rng(seed)
+
+    def rows() -> list[list[int]]:
+        return [
+            generator.integers(3, VOCABULARY, length).tolist()
+            for length in generator.integers(1, 30, number)
+        ]
+
+    return rows(), rows()
