@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import orjson
-
 from benchmarks import plots, report
-from benchmarks.arguments import add_common, positive, set_environment
+from benchmarks.arguments import common_parser, exits_with_workers, positive, set_environment, write
 from benchmarks.memory import MemorySize
 from benchmarks.models import MODELS
 from benchmarks.results import Results
@@ -24,13 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints, and writes what was asked for."""
     options = _parser().parse_args(arguments)
     set_environment(options.threads)
-    try:
+    with exits_with_workers():
         results = measure(_plan(options))
-    except subprocess.CalledProcessError as error:  # it has said why
-        sys.exit(error.returncode)
     print(f"\n{report.terminal(results)}")
-    if options.output:
-        options.output.write_bytes(orjson.dumps(_document(results), option=orjson.OPT_INDENT_2))
+    write(options.output, _document(results))
     if options.markdown:
         options.markdown.write_text(report.markdown(results))
     if options.plots:
@@ -68,12 +61,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_common(parser)
+    parser = common_parser("benchmarks", __doc__)
     parser.add_argument(
         "--scale",
         type=float,

@@ -24,11 +24,16 @@ from statistics import median
 from subprocess import PIPE, CalledProcessError, Popen
 from typing import get_args
 
-import orjson
 from tokenizers import Tokenizer
 
 from benchmarks import prepare
-from benchmarks.arguments import positive, set_environment
+from benchmarks.arguments import (
+    exits_with_workers,
+    plain_parser,
+    positive,
+    set_environment,
+    write,
+)
 from benchmarks.machine import available_cores, machine, origin
 from benchmarks.pairs import SEED, Pairs
 from benchmarks.processes import Worker
@@ -85,22 +90,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The engine's pairs and their batches are not walked over while the command runs.
     gc.collect()
     gc.freeze()
-    try:
+    with exits_with_workers():
         engine, runs = _rounds(bundled, corpus, options)
-    except CalledProcessError as error:  # it has said why
-        sys.exit(error.returncode)
     print(f"\n{_report(options, engine, runs)}")
-    if options.output:
-        document = {
-            "origin": asdict(origin("bench-corpus")),
-            "machine": asdict(machine()),
-            "pairs": options.pairs,
-            "engine": options.engine,
-            "threads": options.threads,
-            "engine_seconds": engine,
-            "runs": {kind: [asdict(run) for run in of_kind] for kind, of_kind in runs.items()},
-        }
-        options.output.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2))
+    document = {
+        "origin": asdict(origin("bench-corpus")),
+        "machine": asdict(machine()),
+        "pairs": options.pairs,
+        "engine": options.engine,
+        "threads": options.threads,
+        "engine_seconds": engine,
+        "runs": {kind: [asdict(run) for run in of_kind] for kind, of_kind in runs.items()},
+    }
+    write(options.output, document)
 
 
 def _corpus(num_pairs: int, folder: Path) -> Corpus:
@@ -213,11 +215,7 @@ def _report(options: argparse.Namespace, engine: list[float], runs: dict[str, li
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.corpus",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = plain_parser("benchmarks.corpus", __doc__)
     parser.add_argument("--pairs", type=positive, default=200_000)
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--pairs-per-request", type=positive, default=8000)

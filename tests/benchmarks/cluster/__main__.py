@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
-import orjson
 import ray
 
-from benchmarks.arguments import add_common, positive, set_environment
+from benchmarks.arguments import common_parser, positive, set_environment, write
 from benchmarks.cluster import parts
 from benchmarks.machine import machine, origin
 from benchmarks.pairs import sentence_lengths
@@ -19,8 +18,6 @@ from benchmarks.report import platform_facts, settings_facts
 from benchmarks.serving.figures import PartResult
 from benchmarks.serving.report import tables, title
 from benchmarks.serving.workbench import Plan, Workbench
-
-_JSON_OPTIONS = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY
 
 PARTS: dict[str, Callable[[Workbench], PartResult]] = {
     "data": parts.data,
@@ -65,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     for part in found:
         print("\n\n".join(["", title(part), *(table.text() for table in tables(part))]))
-    if options.output:
-        document = {"facts": facts, "parts": [asdict(part) for part in found]}
-        options.output.write_bytes(orjson.dumps(document, option=_JSON_OPTIONS))
+    write(options.output, {"facts": facts, "parts": [asdict(part) for part in found]})
     if options.markdown:
         options.markdown.write_text(_page(facts, found))
 
@@ -98,12 +93,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.cluster",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_common(parser)
+    parser = common_parser("benchmarks.cluster", __doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--pairs", type=positive, default=1024, help="that are scored in a round")
     parser.add_argument("--rounds", type=positive, default=3)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import orjson
 import torch
 
-from benchmarks.arguments import positive, set_environment
+from benchmarks.arguments import exits_with_workers, plain_parser, positive, set_environment, write
 from benchmarks.gpu import report
 from benchmarks.gpu.session import Plan, measure
 from benchmarks.machine import available_cores
@@ -32,15 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     set_environment(options.threads)
     plan = _plan(options)
-    try:
+    with exits_with_workers():
         results = measure(_tiny(plan) if options.dry_run_cpu else plan)
-    except subprocess.CalledProcessError as error:  # it has said why
-        sys.exit(error.returncode)
     print(f"\n{report.terminal(results)}")
     options.results.mkdir(parents=True, exist_ok=True)
     name = "gpu-dry-run" if options.dry_run_cpu else "gpu"
-    document = orjson.dumps(asdict(results), option=orjson.OPT_INDENT_2)
-    (options.results / f"{name}.json").write_bytes(document)
+    write(options.results / f"{name}.json", asdict(results))
     (options.results / f"{name}.md").write_text(report.markdown(results))
     say(f"written to {options.results / name}.json and .md")
 
@@ -80,11 +75,7 @@ def _tiny(plan: Plan) -> Plan:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = plain_parser("benchmarks.gpu", __doc__)
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=["marian-base", "nllb-600m", "nllb-3.3b"]
     )

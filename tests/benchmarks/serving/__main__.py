@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import get_args
 
-import orjson
-
-from benchmarks.arguments import add_common, positive, set_environment
+from benchmarks.arguments import common_parser, exits_with_workers, positive, set_environment, write
 from benchmarks.machine import machine, origin
 from benchmarks.pairs import sentence_lengths
 from benchmarks.serving import encode_once, mixed, overhead, padding, report, stages
@@ -38,14 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Clients run here: what was loaded shall not be walked over while they wait for answers.
     gc.collect()
     gc.freeze()
-    try:
+    with exits_with_workers():
         results = _measured(_plan(options))
-    except subprocess.CalledProcessError as error:  # it has said why
-        sys.exit(error.returncode)
     print(f"\n{report.terminal(results)}")
-    if options.output:
-        document = orjson.dumps(_document(results), option=orjson.OPT_INDENT_2)
-        options.output.write_bytes(document)
+    write(options.output, _document(results))
     if options.markdown:
         options.markdown.write_text(report.markdown(results))
 
@@ -90,12 +82,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.serving",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_common(parser)
+    parser = common_parser("benchmarks.serving", __doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--precision", choices=get_args(Precision), default="bfloat16")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-import orjson
-
-from benchmarks.arguments import add_common, positive, set_environment
+from benchmarks.arguments import common_parser, exits_with_workers, positive, set_environment, write
 from benchmarks.sweeps import plots, report
 from benchmarks.sweeps.catalogue import SWEEPS, Size
 from benchmarks.sweeps.results import Results
@@ -25,13 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints, and writes what was asked for."""
     options = _parser().parse_args(arguments)
     set_environment(options.threads)
-    try:
+    with exits_with_workers():
         results = measure(_plan(options))
-    except subprocess.CalledProcessError as error:  # it has said why
-        sys.exit(error.returncode)
     print(f"\n{report.terminal(results)}")
-    if options.output:
-        options.output.write_bytes(orjson.dumps(_document(results), option=orjson.OPT_INDENT_2))
+    write(options.output, _document(results))
     if options.markdown:
         folder = options.plots and os.path.relpath(options.plots, options.markdown.parent)
         options.markdown.write_text(report.markdown(results, folder))
@@ -66,12 +59,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.sweeps",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_common(parser)
+    parser = common_parser("benchmarks.sweeps", __doc__)
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument(
