@@ -56,7 +56,9 @@ def test_products_are_near_and_rows_do_not_know_each_other() -> None:
     assert operators.count("QuantizeLinear") == 2
 
     content = onnx_ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # as the engine has it
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     # Rows of very different sizes, one that is never negative, and one of a single value.
     rows = generator.normal(size=(6, WIDTH)) * np.array([[1e-3], [1], [1e3], [1], [1], [1]])
     rows[3], rows[4], rows[5] = np.abs(rows[3]) + 4, 2.5, 0
