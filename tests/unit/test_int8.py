@@ -50,9 +50,9 @@ def test_products_are_near_and_rows_do_not_know_each_other() -> None:
     assert operators.count("MatMulIntegerToFloat") == 3
     assert "MatMul" not in operators
     assert "w" not in model.graph.initializers
-    # One copy of the bytes, and two inputs to round.
+    # A copy of the bytes for each, and two inputs to round.
     kinds = [value.dtype for value in model.graph.initializers.values()]
-    assert kinds.count(onnx_ir.DataType.INT8) == 1
+    assert kinds.count(onnx_ir.DataType.INT8) == 3
     assert operators.count("QuantizeLinear") == 2
 
     content = onnx_ir.to_proto(model).SerializeToString()

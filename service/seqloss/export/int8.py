@@ -15,6 +15,7 @@ activations which are hardly ever negative would lose.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,12 +76,16 @@ def _needs_middle(inputs: onnx_ir.Value, weight: onnx_ir.Value) -> bool:
 
 
 class _Rows:
-    """Rounds each input and each weight once, however many products share them."""
+    """Rounds each input once, however many products share it.
+
+    Each product has its weight for itself: where two share one ONNX Runtime 1.32 fails on CPUs
+    without VNNI, and it lays weights out anew for each product anyway.
+    """
 
     def __init__(self, graph: onnx_ir.Graph) -> None:
         self._graph = graph
         self._rounded: dict[tuple[onnx_ir.Value, bool], tuple[onnx_ir.Value, ...]] = {}
-        self._weights: dict[onnx_ir.Value, tuple[onnx_ir.Value, ...]] = {}
+        self._uses: Counter[onnx_ir.Value] = Counter()
         self._scale = self._constant("int8.scale", np.array(1 / _LEVELS, np.float32))
         self._zero = self._constant("int8.zero", np.array(_ZERO, np.uint8))
         self._least = self._constant("int8.least", np.array(_LEAST, np.float32))
@@ -94,10 +99,8 @@ class _Rows:
         has_middle = _needs_middle(inputs, weight)
         if (inputs, has_middle) not in self._rounded:
             self._rounded[inputs, has_middle] = self._round(inputs, has_middle=has_middle)
-        if weight not in self._weights:
-            self._weights[weight] = self._round_weight(weight, has_middle=has_middle)
         rounded, width, *middle = self._rounded[inputs, has_middle]
-        integers, steps, *sums = self._weights[weight]
+        integers, steps, *sums = self._round_weight(weight, has_middle=has_middle)
         new = _Nodes()
         scaled = new.add(
             "MatMulIntegerToFloat",
@@ -127,9 +130,9 @@ class _Rows:
         if has_middle:
             sums = integers.sum(axis=0, dtype=np.float64) * steps
             constants.append((".sums", sums.astype(np.float32)))
-        return tuple(
-            self._constant(f"{weight.name}.int8{suffix}", array) for suffix, array in constants
-        )
+        self._uses[weight] += 1
+        name = f"{weight.name}.int8.{self._uses[weight]}"
+        return tuple(self._constant(f"{name}{suffix}", array) for suffix, array in constants)
 
     def _round(self, inputs: onnx_ir.Value, *, has_middle: bool) -> tuple[onnx_ir.Value, ...]:
         """Bytes and half-width of each row, and its middle where that is not 0.
