@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from typing import get_args
 
 import ray
 
@@ -18,6 +19,7 @@ from benchmarks.report import platform_facts, settings_facts
 from benchmarks.serving.figures import PartResult
 from benchmarks.serving.report import tables, title
 from benchmarks.serving.workbench import Plan, Workbench
+from seqloss.bundle.manifest import Precision
 
 PARTS: dict[str, Callable[[Workbench], PartResult]] = {
     "data": parts.data,
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts = [
         *platform_facts(machine(), origin("bench-ray")),
         f"Ray {ray.__version__}; measured: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        f"model: {options.model}, random, in bfloat16; rounds: {options.rounds}",
+        f"model: {options.model}, random, in {options.precision}; rounds: {options.rounds}",
         f"lengths: {sentence_lengths(1)[0]}",
         *settings_facts(origin("bench-ray")),
     ]
@@ -80,7 +82,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     return Plan(
         parts=tuple(options.parts),
         model=options.model,
-        precision="bfloat16",
+        precision=options.precision,
         device="cpu",
         threads=1,
         rounds=options.rounds,
@@ -95,6 +97,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 def _parser() -> argparse.ArgumentParser:
     parser = common_parser("benchmarks.cluster", __doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--precision", choices=get_args(Precision), default="bfloat16")
     parser.add_argument("--pairs", type=positive, default=1024, help="that are scored in a round")
     parser.add_argument("--rounds", type=positive, default=3)
     return parser
