@@ -10,9 +10,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx_ir.passes.common import DeduplicateInitializersPass
+from onnxruntime import GraphOptimizationLevel, SessionOptions
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from checkpoints import MAX_POSITIONS, VOCABULARY_SIZE, make_model
@@ -21,7 +25,9 @@ from onnx_exports import save_onnx
 from seqloss.bundle.manifest import Manifest
 from seqloss.bundle.reader import Bundle, open_bundle
 from seqloss.cli import main
+from seqloss.engines.onnx_options import session_options
 from seqloss.export.importer import ImportOptions, import_onnx
+from seqloss.export.onnx_files import OnnxSessions, read_onnx_files
 
 TOLERANCE = 2e-5
 FAMILIES = ("marian", "t5")
@@ -142,6 +148,71 @@ def test_pairs_lose_the_same_in_any_company(
     twice = {key: value * 2 for key, value in request.items() if key != "source_ids"}
     reply = scored(client, request | twice, **TERMS)
     assert largest_difference(reply["token_nlls"], [one.nll for one in expected * 2]) <= TOLERANCE
+
+
+class Calibration(CalibrationDataReader):  # type: ignore[misc]
+    """A few random inputs of a part."""
+
+    def __init__(self, part: str) -> None:
+        random = np.random.default_rng(3)
+        ids = random.integers(4, VOCABULARY_SIZE, (8, 1, 9))
+        mask = np.ones((1, 9), np.int64)
+        hidden = random.normal(size=(8, 1, 9, 32)).astype(np.float32)
+        self._inputs = iter(
+            [
+                {"input_ids": row, "attention_mask": mask}
+                if part.startswith("encoder")
+                else {
+                    "input_ids": row,
+                    "encoder_attention_mask": mask,
+                    "encoder_hidden_states": one,
+                }
+                for row, one in zip(ids, hidden, strict=True)
+            ]
+        )
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._inputs, None)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own-constants", "shared-constants"])
+def test_products_in_bytes_are_those_of_the_files(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, shared: bool
+) -> None:
+    """CPUs without VNNI compute them in another way, for which each needs its own constants."""
+    for part in ("encoder_model.onnx", "decoder_model.onnx"):
+        quantize_static(
+            files / part,
+            files / part,
+            Calibration(part),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul"],
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+        )
+        if shared:
+            model = onnx_ir.load(files / part)
+            DeduplicateInitializersPass()(model)
+            onnx_ir.save(model, files / part)
+    manifest = imported(files, tmp_path / "bundle").manifest
+    (graph,) = manifest.graphs
+    assert graph.precision == "int8"
+    assert graph.max_error <= TOLERANCE
+
+    def plainly(severity: int) -> SessionOptions:
+        """Bytes are made floats again, and these are multiplied."""
+        options = session_options(severity)
+        options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
+        return options
+
+    read = read_onnx_files(files, None)
+    pair = [5, 80, 33, 7, 0], [[100, 9, 61, 44]]
+    found = OnnxSessions(read).logits(*pair)
+    monkeypatch.setattr("seqloss.export.onnx_files.session_options", plainly)
+    exact = OnnxSessions(read).logits(*pair)
+    # Sums that overflow are off by 2.
+    assert (found - exact).abs().max() <= 0.1
 
 
 def test_the_manifest_says_what_the_files_are(

@@ -23,6 +23,7 @@ from seqloss.cli import main
 from seqloss.engines import loader, onnx_engine
 from seqloss.engines.loader import load_engine
 from seqloss.engines.onnx_engine import OnnxEngine
+from seqloss.engines.onnx_options import SHARED_INT8
 from seqloss.engines.self_test import self_test_errors
 from seqloss.errors import (
     BundleError,
@@ -126,6 +127,19 @@ def test_errors_are_told_apart(raised: Exception, expected: str, engine: OnnxEng
     broken._source_multiple = 1
     with pytest.raises(classes[expected]):
         broken.score(small_batch())
+
+
+def test_bundles_that_earlier_versions_made_of_shared_bytes_say_what_to_do(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs without VNNI ONNX Runtime does not load them."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"graph.cc AddInitializedOrtValue {SHARED_INT8}")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(BundleError, match="export or import it again"):
+        load_engine(bundle, "cpu", "int8")
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:7", "tpu", "cuda:x"])

@@ -14,6 +14,7 @@ from seqloss.bundle.manifest import Graph, Precision
 from seqloss.bundle.reader import Bundle
 from seqloss.engines.base import EngineInfo
 from seqloss.engines.layout import padded
+from seqloss.engines.onnx_options import SHARED_INT8, session_options
 from seqloss.engines.onnx_signature import LOSS_INPUTS, LOSS_OUTPUTS
 from seqloss.errors import BundleError, ConfigurationError, EngineDeadError, OutOfMemoryError
 from seqloss.records import Batch, TokenTerms
@@ -22,6 +23,11 @@ _CUDA = "CUDAExecutionProvider"
 # On a CPU this one puts a slow kernel in the place of two fast ones: 1.4 s became 1.7 s of int8.
 _SLOW_FUSIONS = ["SkipLayerNormFusion"]
 _WARNING = 2
+# Bundles of earlier versions have such constants.
+_SHARED_INT8_HINT = (
+    "; int8 constants of it have several uses, for which ONNX Runtime has no products on CPUs "
+    "without VNNI: export or import it again with this version of seqloss"
+)
 
 
 class OnnxEngine:
@@ -152,8 +158,7 @@ def _session(
     bundle: Bundle, graph: Graph, device: str, threads: int | None
 ) -> onnxruntime.InferenceSession:
     content = bundle.graph_archive(graph)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _WARNING
+    options = session_options(_WARNING)
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     # As the file has it, block of classes by block: by default all of them are computed before the
@@ -165,9 +170,6 @@ def _session(
     # by a twelfth; a server's cores are not its own between batches, and there they sleep.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Without VNNI a CPU has 16 bits for the sum of two int8 products, which does not always fit:
-    # there the products are made in another way, more slowly, and by default wrongly.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.load_model_format", "ONNX")
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path",
@@ -190,8 +192,9 @@ def _session(
         )
     # Its errors have no common class but this one.
     except Exception as error:
+        hint = _SHARED_INT8_HINT if SHARED_INT8 in str(error) else ""
         raise BundleError(
-            f"{bundle.folder / graph.path} does not load on {device}: {error}"
+            f"{bundle.folder / graph.path} does not load on {device}: {error}{hint}"
         ) from error
     _refuse_another_device(session, device)
     _refuse_another_signature(session, bundle, graph)

@@ -15,13 +15,14 @@ activations which are hardly ever negative would lose.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
+
+from seqloss.export.int8_copies import unshare
 
 _CONTRIB = "com.microsoft"
 _LEVELS = 127
@@ -50,6 +51,7 @@ def quantised(model: onnx_ir.Model) -> None:
         graph.remove(node, safe=True)
         if not weight.uses() and weight.name:
             del graph.initializers[weight.name]
+    unshare(model)
 
 
 def _is_matrix(weight: onnx_ir.Value) -> bool:
@@ -76,16 +78,12 @@ def _needs_middle(inputs: onnx_ir.Value, weight: onnx_ir.Value) -> bool:
 
 
 class _Rows:
-    """Rounds each input once, however many products share it.
-
-    Each product has its weight for itself: where two share one ONNX Runtime 1.32 fails on CPUs
-    without VNNI, and it lays weights out anew for each product anyway.
-    """
+    """Rounds each input and each weight once, however many products share it."""
 
     def __init__(self, graph: onnx_ir.Graph) -> None:
         self._graph = graph
         self._rounded: dict[tuple[onnx_ir.Value, bool], tuple[onnx_ir.Value, ...]] = {}
-        self._uses: Counter[onnx_ir.Value] = Counter()
+        self._weights: dict[tuple[onnx_ir.Value, bool], tuple[onnx_ir.Value, ...]] = {}
         self._scale = self._constant("int8.scale", np.array(1 / _LEVELS, np.float32))
         self._zero = self._constant("int8.zero", np.array(_ZERO, np.uint8))
         self._least = self._constant("int8.least", np.array(_LEAST, np.float32))
@@ -100,7 +98,9 @@ class _Rows:
         if (inputs, has_middle) not in self._rounded:
             self._rounded[inputs, has_middle] = self._round(inputs, has_middle=has_middle)
         rounded, width, *middle = self._rounded[inputs, has_middle]
-        integers, steps, *sums = self._round_weight(weight, has_middle=has_middle)
+        if (weight, has_middle) not in self._weights:
+            self._weights[weight, has_middle] = self._round_weight(weight, has_middle=has_middle)
+        integers, steps, *sums = self._weights[weight, has_middle]
         new = _Nodes()
         scaled = new.add(
             "MatMulIntegerToFloat",
@@ -130,8 +130,7 @@ class _Rows:
         if has_middle:
             sums = integers.sum(axis=0, dtype=np.float64) * steps
             constants.append((".sums", sums.astype(np.float32)))
-        self._uses[weight] += 1
-        name = f"{weight.name}.int8.{self._uses[weight]}"
+        name = f"{weight.name}.int8" + (".middle" if has_middle else "")
         return tuple(self._constant(f"{name}{suffix}", array) for suffix, array in constants)
 
     def _round(self, inputs: onnx_ir.Value, *, has_middle: bool) -> tuple[onnx_ir.Value, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 
 from seqloss.bundle.manifest import SpecialIds
+from seqloss.engines.onnx_options import session_options
 from seqloss.errors import CheckpointError
 from seqloss.export.families import FAMILIES, REFUSED, Family
 from seqloss.export.huggingface import config_of, special_ids_of
+from seqloss.export.int8_copies import unshare
 from seqloss.export.reference import TokenReference
 
 HIDDEN, LOGITS = "last_hidden_state", "logits"
@@ -215,13 +218,17 @@ class OnnxSessions:
         Raises:
             CheckpointError: ONNX Runtime does not take them.
         """
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _FATAL  # the rest is raised
+        options = session_options(_FATAL)  # the rest is raised
         try:
-            self._encoder, self._decoder = (
-                onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-                for path in (files.encoder, files.decoder)
-            )
+            with TemporaryDirectory() as folder:
+                self._encoder, self._decoder = (
+                    onnxruntime.InferenceSession(
+                        _with_own_int8(path, Path(folder)),
+                        options,
+                        providers=["CPUExecutionProvider"],
+                    )
+                    for path in (files.encoder, files.decoder)
+                )
         # Its errors have no common class but this one.
         except Exception as error:
             raise CheckpointError(f"ONNX Runtime does not load the files: {error}") from error
@@ -246,6 +253,16 @@ class OnnxSessions:
                 f"{error}"
             ) from error
         return torch.from_numpy(logits.astype(np.float64))
+
+
+def _with_own_int8(path: Path, folder: Path) -> Path:
+    """The file, or one in the folder that computes the same, and that ONNX Runtime takes."""
+    model = onnx_ir.load(path)
+    if not unshare(model):
+        return path
+    changed = folder / path.name
+    onnx_ir.save(model, changed, external_data=f"{path.name}.data")
+    return changed
 
 
 def _run(session: onnxruntime.InferenceSession, output: str, given: dict[str, Any]) -> list[Any]:

@@ -21,6 +21,7 @@ from onnx_ir.tape import Tape
 from seqloss.bundle.manifest import Precision
 from seqloss.engines.onnx_signature import LOSS_INPUTS, LOSS_OUTPUTS
 from seqloss.errors import CheckpointError
+from seqloss.export.int8_copies import unshare
 from seqloss.export.onnx_files import ENCODED, ENCODED_MASK, HIDDEN, IDS, LOGITS, MASK, OnnxFiles
 from seqloss.loss.head import ABSENT
 
@@ -93,6 +94,7 @@ def merged(files: OnnxFiles, excluded: np.ndarray[Any, np.dtype[np.bool_]]) -> o
         passes.ClearMetadataAndDocStringPass(),
     ):
         tidy(model)
+    unshare(model)
     _refuse_mixing(model)
     return model
 
