@@ -77,12 +77,20 @@ class FakeEngine:
         *,
         device: str = "cpu",
         makes_logits: bool = False,
+        has_kernels: bool = False,
     ) -> None:
         self.batches: list[Batch] = []
         self.closed = False
         self.memory_releases = 0
         self._before = before
-        self._info = EngineInfo("torch", device, "float32", "fake", makes_logits=makes_logits)
+        self._info = EngineInfo(
+            "torch",
+            device,
+            "float32",
+            "fake",
+            makes_logits=makes_logits,
+            has_kernels=has_kernels,
+        )
 
     @property
     def info(self) -> EngineInfo:

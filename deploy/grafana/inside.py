@@ -79,8 +79,8 @@ _BATCHES = Row(
         ),
         Panel(
             "Compiled kernels",
-            "1 where kernels compiled for the CPU compute; at 0 the engine's own operators do, at "
-            "about half the speed of kernels where there could be some.",
+            "1 where kernels compiled for the CPU compute; at 0 the engine's own operators do, "
+            "more slowly where there could be some.",
             by_model("seqloss_compiled_kernels", "min"),
         ),
         Panel(

@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     kernels: bool = True
     """Whether a Torch bundle on a CPU with AVX2 or AVX-512 runs on kernels that are compiled for
     it, at the first start, within seconds and beside the service, which answers meanwhile. They
-    need a C++ compiler; without one Torch's own operators compute, at about half the speed."""
+    need a C++ compiler; without one Torch's own operators compute, more slowly."""
 
     cache_dir: Path = USER_CACHE
     """Where compiled kernels are kept. Nobody else may write there."""

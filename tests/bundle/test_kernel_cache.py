@@ -222,7 +222,7 @@ def test_a_cpu_without_the_instructions_is_said(
 ) -> None:
     for missing in build.AVX2:
         monkeypatch.setattr(build, "instructions", lambda missing=missing: build.AVX512 - {missing})
-        with pytest.raises(KernelsUnavailableError, match="no AVX2"):
+        with pytest.raises(KernelsUnavailableError, match="on a CPU with"):
             built(tmp_path / "cache")
         assert not is_built(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -350,7 +350,7 @@ def test_two_processes_may_compile_at_a_time(
         for process in processes:
             process.stdin.write("go\n")
             process.stdin.flush()
-        printed = [process.communicate(timeout=60)[0].strip() for process in processes]
+        printed = [process.communicate(timeout=600)[0].strip() for process in processes]
     finally:
         for process in processes:
             process.kill()

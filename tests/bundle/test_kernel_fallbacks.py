@@ -169,6 +169,27 @@ def test_a_folder_that_cannot_be_looked_into_costs_the_kernels_alone(
         assert "cannot be used" in record.getMessage()
 
 
+def test_bfloat16_has_no_kernels_where_the_cpu_has_no_instructions_for_it(
+    bundle_of: Any,
+    kernel_library: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(loader, "instructions", lambda: build.AVX512)
+    bundle = bundle_of("wide-marian")
+    for wait in (True, False):
+        caplog.clear()
+        engine = load_engine(bundle, "cpu", "bfloat16", kernels=KernelOptions(wait=wait))
+        wait_for_upgrades()
+        assert not engine.info.has_kernels
+        assert len(losses(engine)) == 4
+        (record,) = [one for one in caplog.records if one.name.startswith("seqloss")]
+        assert record.levelname == "WARNING"
+        assert "avx512_bf16" in record.getMessage()
+    with pytest.raises(ConfigurationError, match="avx512_bf16"):
+        load_engine(bundle, "cpu", "bfloat16", kernels=KernelOptions(required=True))
+
+
 @pytest.mark.parametrize("content", [b"", b"\x7fELF and no more"])
 def test_a_library_that_does_not_load_is_none(
     content: bytes,
@@ -258,7 +279,7 @@ class Held:
 
 
 def test_batches_go_to_the_better_engine_once_it_is_there() -> None:
-    first, better = FakeEngine(), FakeEngine()
+    first, better = FakeEngine(), FakeEngine(has_kernels=True)
     make = Held(better)
     engine = UpgradingEngine(first, make)
     engine.score(BATCH)
@@ -273,9 +294,24 @@ def test_batches_go_to_the_better_engine_once_it_is_there() -> None:
     assert better.closed
 
 
+def test_an_engine_that_got_no_kernels_is_no_better(caplog: pytest.LogCaptureFixture) -> None:
+    """As where a model has sizes that kernels have not."""
+    first, same = FakeEngine(), FakeEngine()
+    make = Held(same)
+    engine = UpgradingEngine(first, make)
+    make.may_end.set()
+    wait_for_upgrades()
+    engine.score(BATCH)
+    assert (len(first.batches), len(same.batches)) == (1, 0)
+    assert same.closed
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "no kernels" in record.getMessage()
+
+
 def test_closing_meanwhile_waits_and_frees_both_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upgrading, "_LAST_SECONDS", 600)  # longer than this test waits
-    first, better = FakeEngine(), FakeEngine()
+    first, better = FakeEngine(), FakeEngine(has_kernels=True)
     make = Held(better)
     engine = UpgradingEngine(first, make)
     assert make.begun.wait(30)
@@ -300,7 +336,7 @@ def test_closing_does_not_wait_for_ever(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(upgrading, "_LAST_SECONDS", 0.01)
-    first, better = FakeEngine(), FakeEngine()
+    first, better = FakeEngine(), FakeEngine(has_kernels=True)
     make = Held(better)
     engine = UpgradingEngine(first, make)
     assert make.begun.wait(30)

@@ -14,7 +14,7 @@ from seqloss.engines.base import Engine
 from seqloss.engines.self_test import require_self_test
 from seqloss.engines.upgrading import UpgradingEngine
 from seqloss.errors import ConfigurationError, KernelsUnavailableError
-from seqloss.kernels.build import built, is_built
+from seqloss.kernels.build import AVX2, AVX512_BF16, built, instructions, is_built
 from seqloss.settings import USER_CACHE
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class KernelOptions:
 
 
 _KERNELS = KernelOptions()
-# Precisions that there are kernels of.
-_KERNELS_OF: tuple[Precision, ...] = ("float32", "bfloat16")
+# What a CPU needs for the kernels of a precision.
+_KERNELS_OF: dict[Precision, frozenset[str]] = {"float32": AVX2, "bfloat16": AVX512_BF16}
 
 
 def load_engine(
@@ -122,12 +122,12 @@ def open_engine(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    library = _library(kernels) if device_named(device).type == "cpu" else None
+    library = _library(kernels, graph.precision) if device_named(device).type == "cpu" else None
     return TorchEngine(bundle, graph, device, library)
 
 
-def _library(kernels: KernelOptions) -> KernelLibrary | None:
-    """None where there are no kernels, or not yet.
+def _library(kernels: KernelOptions, precision: Precision) -> KernelLibrary | None:
+    """None where there are no kernels for the precision, or not yet.
 
     Raises:
         KernelsUnavailableError: they are required.
@@ -137,6 +137,10 @@ def _library(kernels: KernelOptions) -> KernelLibrary | None:
     if kernels.cache is None or not (kernels.wait or is_built(kernels.cache)):
         return None
     try:
+        if missing := _KERNELS_OF.get(precision, frozenset()) - instructions():
+            raise KernelsUnavailableError(
+                f"those for {precision} are for Linux, on a CPU with {', '.join(sorted(missing))}"
+            )
         return KernelLibrary(built(kernels.cache))
     except KernelsUnavailableError as error:
         if kernels.required:

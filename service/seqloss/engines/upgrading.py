@@ -85,6 +85,12 @@ class UpgradingEngine:
                 error,
             )
             return
+        if not better.info.has_kernels:
+            better.close()
+            _LOG.warning(
+                "there are no kernels for sizes of this model, and Torch's own operators compute"
+            )
+            return
         with self._lock:
             if self._is_closed:
                 better.close()

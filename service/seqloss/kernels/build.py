@@ -31,9 +31,12 @@ _FLAGS = (
     "-Wno-maybe-uninitialized"
 ).split()
 
+# A process may load the libraries of two CPUs, whose functions have the same names.
+_LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic")
+
 # What kernels are made for, by the names of `instructions`.
-AVX2 = frozenset("avx2 bmi1 bmi2 f16c fma movbe".split())
-AVX512 = AVX2 | frozenset("avx512f avx512bw avx512dq avx512vl".split())
+AVX2 = frozenset("abm avx2 bmi1 bmi2 f16c fma movbe popcnt".split())
+AVX512 = AVX2 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
 AVX512_BF16 = AVX512 | {"avx512_bf16"}
 # The best first. GCC 11 is the first that knows these architectures.
 _ARCHITECTURES = {
@@ -122,7 +125,9 @@ def _written_to(folder: Path) -> Iterator[None]:
 def _flags(found: frozenset[str]) -> tuple[str, ...]:
     needed = next((needed for needed in _ARCHITECTURES if found >= needed), None)
     if platform.system() != "Linux" or needed is None:
-        raise KernelsUnavailableError("the CPU has no AVX2, or this is not Linux")
+        raise KernelsUnavailableError(
+            f"they are for Linux, on a CPU with {', '.join(sorted(AVX2))}"
+        )
     return (*_FLAGS, *_ARCHITECTURES[needed])
 
 
@@ -146,7 +151,7 @@ def _compiler() -> str:
 
 def _name(flags: tuple[str, ...]) -> str:
     """By a digest of all that the library is made of."""
-    digest = hashlib.sha256(" ".join((__version__, *flags)).encode())
+    digest = hashlib.sha256(" ".join((__version__, *flags, *_LINK_FLAGS)).encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.read_bytes())
     return f"kernels-{digest.hexdigest()[:32]}.so"
@@ -173,7 +178,7 @@ def _compile(path: Path, flags: tuple[str, ...]) -> None:
         compiler = _compiler()
         for source, made_of in zip(sources, objects, strict=True):
             _run([compiler, *flags, "-c", source, "-o", made_of])
-        _run([compiler, "-shared", *objects, "-o", str(made)])
+        _run([compiler, *_LINK_FLAGS, *objects, "-o", str(made)])
         made.chmod(0o755)
         # A library that is cut off where the power failed would end each process that loads it.
         with made.open("rb") as written:
