@@ -47,7 +47,10 @@ stands beside it; nothing fails where it is not reached. How to get from here to
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints, and writes what was asked for."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if "requests" in options.parts and options.pairs < parts.LEAST_PAIRS:
+        parser.error(f"argument --pairs: the part requests wants at least {parts.LEAST_PAIRS}")
     set_environment(1)
     bench = Workbench(_plan(options))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -98,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = common_parser("benchmarks.cluster", __doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--precision", choices=get_args(Precision), default="bfloat16")
-    parser.add_argument("--pairs", type=positive, default=1024, help="that are scored in a round")
+    parser.add_argument("--pairs", type=positive, default=2048, help="that are scored in a round")
     parser.add_argument("--rounds", type=positive, default=3)
     return parser
 

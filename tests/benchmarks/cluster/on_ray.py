@@ -17,10 +17,12 @@ from benchmarks.serving.workbench import Bundled
 from seqloss.distributed.ray_data import Pool, score_dataset
 from seqloss.distributed.ray_serve import Arguments, application
 from seqloss.distributed.workers import Work
-from seqloss_client import Chunk, LossClient
+from seqloss_client import Chunk, LossClient, LossResult
 
 _PORT, _OPERATORS_PORT = 18431, 18440
 _REQUESTS_AT_ONCE = 8
+# The client begins with two at once, and adds one after as many answers as there are at once.
+_FIRST_REQUESTS = sum(range(2, _REQUESTS_AT_ONCE + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +76,24 @@ class OnRay:
 
 def client_nlls(url: str, pairs: Pairs, pairs_per_request: int) -> list[float]:
     """The nll of each pair, in order, by the client, whose bits depend on nobody else."""
+    return [nll for result in _results(url, pairs, pairs_per_request) for nll in result.nlls]
+
+
+def client_rate(url: str, pairs: Pairs, pairs_per_request: int) -> float:
+    """Pairs per second of the client, while as many requests are under way as ever will be."""
+    ends = [time.perf_counter() for _ in _results(url, pairs, pairs_per_request)]
+    steady = ends[_FIRST_REQUESTS:-_REQUESTS_AT_ONCE]
+    return (len(steady) - 1) * pairs_per_request / (steady[-1] - steady[0])
+
+
+def _results(url: str, pairs: Pairs, pairs_per_request: int) -> Iterator[LossResult]:
     chunks = (
         Chunk(part.source_ids, part.target_ids)
         for at in range(0, len(pairs), pairs_per_request)
         for part in [pairs.part(at, at + pairs_per_request)]
     )
     with LossClient(url, timeout=600) as client:
-        results = client.score_chunks(chunks, max_requests=_REQUESTS_AT_ONCE, reproducible=True)
-        return [nll for result in results for nll in result.nlls]
+        yield from client.score_chunks(chunks, max_requests=_REQUESTS_AT_ONCE, reproducible=True)
 
 
 def write_dataset(pairs: Pairs, path: Path) -> None:

@@ -12,7 +12,7 @@ from statistics import median
 import httpx
 import numpy as np
 
-from benchmarks.cluster.on_ray import OnRay, client_nlls, write_dataset
+from benchmarks.cluster.on_ray import OnRay, client_nlls, client_rate, write_dataset
 from benchmarks.models import MODELS, shape_of
 from benchmarks.operations import useful_operations
 from benchmarks.pairs import Pairs, sentence_lengths
@@ -23,8 +23,9 @@ from benchmarks.serving.figures import Figure, PartResult, Row, Wanted
 from benchmarks.serving.workbench import Workbench
 
 _PARTITIONS = 16
-# Small, so that the end of a round, when one replica has nothing left, is a small part of it.
 _PAIRS_PER_REQUEST = 16
+# Enough requests to leave out the first and the last ones.
+LEAST_PAIRS = 64 * _PAIRS_PER_REQUEST
 _SAME_PAIRS = 50_000
 _SAME_PAIRS_PER_REQUEST = 2_000
 _SINGLE_REQUESTS = 300
@@ -67,8 +68,9 @@ def data(bench: Workbench) -> PartResult:
 def requests(bench: Workbench) -> PartResult:
     """Pairs per second through Ray Serve, with one replica of one thread and with two.
 
-    The client sends requests of 16 pairs, eight of which are under way, and has two processors with
-    all others. Rounds take turns; ratios are of the same round.
+    The client sends requests of 16 pairs, and has two processors with all others. Counted is the
+    time in which eight of them are under way: not how the client gets there, nor the end of a
+    round, when a replica has nothing left. Rounds take turns; ratios are of the same round.
     """
     pairs = PairStream(bench.model.limits).take(bench.plan.pairs)
     on_ray = OnRay(bench.model)
@@ -77,10 +79,7 @@ def requests(bench: Workbench) -> PartResult:
         for replicas, found in rates.items():
             say(f"requests: {replicas} replicas, round {number + 1} of {bench.plan.rounds}")
             with on_ray.served(replicas) as url:
-                client_nlls(url, pairs.part(0, 8 * _PAIRS_PER_REQUEST), _PAIRS_PER_REQUEST)
-                started = time.perf_counter()
-                client_nlls(url, pairs, _PAIRS_PER_REQUEST)
-                found.append(len(pairs) / (time.perf_counter() - started))
+                found.append(client_rate(url, pairs, _PAIRS_PER_REQUEST))
     return _scaling("requests", requests.__doc__, "replicas", rates)
 
 
