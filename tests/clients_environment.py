@@ -15,13 +15,9 @@ import venv
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 _TESTS = Path(__file__).parent
 _REQUIREMENTS = _TESTS / "http" / "clients-requirements.txt"
 _FOLDER = _TESTS.parent / "build" / "clients-venv"
-# Installing takes a minute or more, once.
-patient = pytest.mark.timeout(900)
 
 
 def heard_by(script: str, address: str, **given: Any) -> dict[str, Any]:

@@ -56,6 +56,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests with the same parameters go to one process: they share what is made for these.
+
+    In others they would wait for an export, and load the same model again.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByParameters(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid.partition("[")[2] or nodeid
+
+    return ByParameters(config, log)
+
+
 def _gpu_is_missing() -> str | None:
     """Why tests that need a GPU are skipped, or None."""
     try:

@@ -65,7 +65,7 @@ class Server:
         """Speaks to the server once it is ready."""
         address = self.read_until(r'listening on (http://[^\s"]+)').group(1)
         self.read_until("is ready on")
-        return httpx.Client(base_url=address)
+        return httpx.Client(base_url=address, timeout=300)
 
     @property
     def address(self) -> str:
@@ -75,6 +75,6 @@ class Server:
 
     def exit_status(self) -> int:
         """Waits for the end; `log` is whole afterwards."""
-        status = self.process.wait(timeout=60)
+        status = self.process.wait(timeout=300)
         self._reader.join()
         return status

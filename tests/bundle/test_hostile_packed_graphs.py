@@ -86,7 +86,7 @@ def outcomes(folders: dict[str, Path], how: str) -> dict[str, str]:
             capture_output=True,
             text=True,
             check=False,
-            timeout=280,
+            timeout=600,
         )
         said = done.stdout.splitlines()
         if done.returncode:
@@ -259,7 +259,6 @@ def test_the_untouched_bundle_loads(folder: Path, kernel_library: Any) -> None:
     assert outcomes({"untouched": folder}, "kernels") == {"untouched": "loaded"}
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", ["kernels", "torch"])
 @pytest.mark.parametrize("attacks", [SEQUENCES, PRODUCTS_AND_NORMS], ids=["attention", "others"])
 def test_a_program_that_lies_is_refused(
@@ -324,7 +323,6 @@ IN_THE_WEIGHTS: dict[str, Attack] = {
 }
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", ["kernels", "torch"])
 def test_weights_of_other_sizes_are_refused(how: str, folder: Path, kernel_library: Any) -> None:
     found = outcomes(attacked(folder, IN_THE_WEIGHTS), how)

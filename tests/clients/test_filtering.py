@@ -354,7 +354,6 @@ print(Path("/proc/self/status").read_text())
 """
 
 
-@pytest.mark.timeout(600)
 def test_memory_stays_bounded_while_a_large_file_is_filtered(tmp_path: Path) -> None:
     generator = np.random.default_rng(7)
     # Few enough different values for many ties.

@@ -13,12 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from clients_environment import patient, python_with
+from clients_environment import python_with
 from seqloss.bundle.reader import Bundle
 from seqloss.demo.phrases import pairs
 from server import Server
-
-pytestmark = patient
 
 _ROOT = Path(__file__).parents[2]
 _REQUIREMENTS = Path(__file__).parent / "opusfilter-requirements.txt"

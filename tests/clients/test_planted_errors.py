@@ -17,10 +17,9 @@ from seqloss_client.cli import main
 from server import Server
 
 pytest.importorskip("duckdb", reason="the extra `filter` is not installed")
-pytestmark = [
-    pytest.mark.skipif(not BACKWARD_CHECKPOINT.is_dir(), reason="there is no backward checkpoint"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.skipif(
+    not BACKWARD_CHECKPOINT.is_dir(), reason="there is no backward checkpoint"
+)
 
 _PAIRS_PER_LANGUAGE = 1000
 _WRONG_SHARE = 0.3

@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 
 from chart import CASES, CHART, EXAMPLES, MINIMAL, case, only, rendered, tool
-from clients_environment import patient
 from seqloss import __version__
 from seqloss.settings import Settings
 
-pytestmark = [pytest.mark.deploy, patient]
+pytestmark = pytest.mark.deploy
 
 PAGE = (CHART.parents[2] / "docs" / "kubernetes.md").read_text()
 # The oldest that Chart.yaml allows, and the newest that is known.

@@ -11,12 +11,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from chart import CASES, MINIMAL, Object, case, environment, only, pod, rendered
-from clients_environment import patient
 from seqloss import cli
 from seqloss.metrics import Metrics
 from seqloss.settings import Settings, load_settings
 
-pytestmark = [pytest.mark.deploy, patient]
+pytestmark = pytest.mark.deploy
 
 KEDA = "autoscaling: {enabled: true, serverAddress: 'http://prometheus:9090'}"
 

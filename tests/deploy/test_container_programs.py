@@ -29,7 +29,7 @@ EVERYWHERE = "0.0.0.0"  # noqa: S104 - as it stands in the images
 Serve = Callable[..., Server]
 
 
-def until(holds: Callable[[], bool], what: Callable[[], Any], seconds: float = 60) -> None:
+def until(holds: Callable[[], bool], what: Callable[[], Any], seconds: float = 300) -> None:
     """Polls until it holds; fails with what there is otherwise."""
     end = time.monotonic() + seconds
     while not holds():
@@ -153,7 +153,7 @@ def test_the_traffic_is_of_all_kinds_and_ends_at_once(serve: Serve, demo: str) -
         until(has_all, lambda: (pairs(), losses(), requests()))
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=5)
+        said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert re.search(r"requests: \d+ scored", said), said
 
@@ -174,5 +174,5 @@ def test_the_traffic_goes_on_where_the_service_starts_anew(serve: Serve, demo: s
         serve(demo, port=httpx.URL(address).port)
         until(is_scoring, process.poll)
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=5)
+        said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said

@@ -24,10 +24,7 @@ from monitoring import (
     variable_queries,
 )
 
-from clients_environment import patient
 
-
-@patient
 def test_the_committed_dashboards_are_what_their_source_makes(tmp_path: Path) -> None:
     made = subprocess.run(
         [tools_python(), "-W", "error", str(GRAFANA / "build.py"), str(tmp_path)],

@@ -15,10 +15,10 @@ import httpx
 import pytest
 import yaml
 
-from clients_environment import patient, python_with
+from clients_environment import python_with
 from seqloss.settings import Settings
 
-pytestmark = [pytest.mark.deploy, patient]
+pytestmark = pytest.mark.deploy
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "deploy" / "docker"

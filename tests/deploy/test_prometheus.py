@@ -42,8 +42,8 @@ VARIABLES = {
     "$model": ".*",
     "$stream": ".*",
 }
-# All of it needs about 20 s on two cores.
-DEADLINE_SECONDS = 60
+# All of it needs about 20 s on two cores; whatever does not come by then never does.
+DEADLINE_SECONDS = 300
 
 # What the load brings about on any machine.
 FIRING = {
@@ -149,7 +149,7 @@ class Prometheus:
     def close(self) -> None:
         self._client.close()
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(DEADLINE_SECONDS)
 
 
 def until(holds: Callable[[], bool], what: Callable[[], Any], seconds: float) -> None:
@@ -189,7 +189,7 @@ def prometheus_of(folder: Path, targets: list[str]) -> Iterator[Prometheus]:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     prometheus = Prometheus(f"http://{address}", process)
     try:
-        until(prometheus.is_ready, (folder / "log").read_text, 30)
+        until(prometheus.is_ready, (folder / "log").read_text, DEADLINE_SECONDS)
         yield prometheus
     finally:
         prometheus.close()
@@ -230,7 +230,6 @@ def reload_twice(server: Server, bundle: Path) -> None:
 
 
 @pytest.mark.deploy
-@pytest.mark.timeout(300)
 def test_prometheus_has_data_for_everything_that_is_asked_of_it(
     serve: Callable[..., Server],
     bundle_of: Any,

@@ -12,8 +12,6 @@ import pytest
 import yaml
 from monitoring import GRAFANA, PROMETHEUS, ROOT, alerts, recorded, rules, tools_python
 
-from clients_environment import patient
-
 RULES = sorted((PROMETHEUS / "rules").glob("*.yml"))
 UNIT_TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
 RUNBOOK = ROOT / "docs" / "alerts.md"
@@ -54,7 +52,6 @@ def test_rules_have_the_values_that_their_tests_expect(path: Path, promtool: str
     run(promtool, "test", "rules", path)
 
 
-@patient
 def test_yamllint_finds_nothing() -> None:
     files = [*PROMETHEUS.rglob("*.yml"), *GRAFANA.rglob("*.yml")]
     run(tools_python(), "-m", "yamllint", "--strict", "-d", YAMLLINT, *files)

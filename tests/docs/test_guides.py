@@ -82,7 +82,6 @@ def test_pip_installs_extras_that_exist() -> None:
         assert set(extras.split(",")) <= project["optional-dependencies"].keys()
 
 
-@pytest.mark.timeout(600)
 def test_filtering_keeps_what_is_right(
     address: str, folder: Path, in_folder: Callable[[str], str]
 ) -> None:

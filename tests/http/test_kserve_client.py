@@ -7,10 +7,8 @@ from typing import Any
 
 from test_triton_client import BAD, PAIRS, assert_expected, expected_of
 
-from clients_environment import heard_by, patient
+from clients_environment import heard_by
 from server import Server
-
-pytestmark = patient
 
 
 def test_kserves_client_finds_all_that_it_asks_for(

@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 
-from clients_environment import heard_by, patient
+from clients_environment import heard_by
 from seqloss import __version__
 from seqloss.errors import PAIR_CODES
 from server import Server
-
-pytestmark = patient
 
 # So many that replies are large enough to be compressed.
 PAIRS = {

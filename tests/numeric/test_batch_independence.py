@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints import FAMILIES, VOCABULARY_SIZE
+from checkpoints import VOCABULARY_SIZE
 from conftest import on_every_engine
 from numeric.reference import random_pairs
 
@@ -17,10 +17,9 @@ TOLERANCE = 2e-5
 pytestmark = on_every_engine
 
 
-@pytest.fixture(params=FAMILIES)
-def client(request: pytest.FixtureRequest, device: str, bundle_of: Any, make_client: Any) -> Any:
-    bundles = {"model": bundle_of(request.param)}
-    return make_client(bundles, device=device, max_batch_tokens=512)
+@pytest.fixture
+def client(family: str, device: str, bundle_of: Any, make_client: Any) -> Any:
+    return make_client({"model": bundle_of(family)}, device=device, max_batch_tokens=512)
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ def test_without_a_gpu_it_says_so() -> None:
 
 
 # Processes of it start others.
-@pytest.mark.timeout(300)
 def test_a_try_on_the_cpu_measures_everything(tmp_path: Path) -> None:
     arguments = ("--results", str(tmp_path / "results"), "--folder", str(tmp_path), "--threads=1")
     done = run("--dry-run-cpu", *arguments)

@@ -57,14 +57,13 @@ def growth(bundle_folder: Path, size: MemorySize) -> list[int] | None:
     return found
 
 
-@pytest.mark.timeout(900)  # the graph has a few hundred blocks of classes
-@pytest.mark.parametrize(("engine_name", "vocabulary"), [("torch", 256_206), ("onnx", 65_000)])
+@pytest.mark.parametrize(("engine_name", "vocabulary"), [("torch", 256_206), ("onnx", 33_000)])
 def test_memory_does_not_hold_the_logits_of_a_large_vocabulary(
     engine_name: EngineName, vocabulary: int, tmp_path: Path
 ) -> None:
     """In processes of their own: no other test's memory is measured, and none is kept."""
     size = MemorySize(vocabulary=vocabulary, target_tokens=8192)
-    assert size.logits_bytes > 5 * MOST_GROWTH
+    assert size.logits_bytes > 2.5 * MOST_GROWTH
     in_own_process(make_bundle, size, engine_name, tmp_path)
     found = in_own_process(growth, tmp_path / "bundle", size)
     if found is None:

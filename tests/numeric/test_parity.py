@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from checkpoints import (
-    FAMILIES,
     MAIN_FAMILIES,
     MAX_POSITIONS,
     RECIPES,
@@ -39,11 +38,6 @@ def largest_difference(rows: list[list[float]], expected: list[np.ndarray]) -> f
     return max(
         float(np.abs(np.array(row) - want).max()) for row, want in zip(rows, expected, strict=True)
     )
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture

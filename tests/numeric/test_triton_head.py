@@ -15,15 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients_environment import patient, python_with
+from clients_environment import python_with
 from seqloss.loss.head import ABSENT, OutputProjection, output_projection
 
 _HERE = Path(__file__).parent
 _ENVIRONMENT = _HERE.parents[1] / "build" / "triton-venv"
-pytestmark = [
-    patient,
-    pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton but for Linux"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton but for Linux")
 # Excluded classes of every case; the last one stands at the end of its tile.
 _EXCLUDED = (1, 2)
 

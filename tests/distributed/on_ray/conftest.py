@@ -15,7 +15,6 @@ from seqloss.http.app import create_app
 from seqloss.settings import Settings
 
 MARKS = [
-    pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

@@ -14,7 +14,7 @@ import ray
 from ray import serve
 
 VOCABULARY = 90
-_LAST_SECONDS = 20
+_LAST_SECONDS = 60
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def ray_cluster(num_cpus: int = 2) -> Iterator[None]:
 
 
 def processes_of(session: str) -> dict[int, str]:
-    """Processes whose command line or environment names a session of Ray."""
+    """Processes whose command line names a session of Ray."""
     found = {}
     for process in Path("/proc").iterdir():
         if process.name.isdecimal() and int(process.name) != os.getpid():
