@@ -93,6 +93,8 @@ class ExportOptions:
         ]
 
 
+# Tensors of inference mode, which the caller may be in, cannot be traced.
+@torch.inference_mode(False)
 def export_checkpoint(name: str, output: Path, options: ExportOptions) -> Manifest:
     """Writes a bundle of the checkpoint, measured against transformers.
 

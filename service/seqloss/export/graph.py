@@ -163,7 +163,7 @@ def traced(
     inputs = _example_inputs(source_multiple)
     if with_head:
         return _traced(
-            module, (*inputs, *_EXAMPLE_LABELS), [*_DYNAMIC_SHAPES, *[{0: Dim.AUTO}] * 2]
+            module, (*inputs, *_example_labels()), [*_DYNAMIC_SHAPES, *[{0: Dim.AUTO}] * 2]
         )
     return _traced(module, inputs, _DYNAMIC_SHAPES)
 
@@ -269,10 +269,6 @@ def softcap_of(model: Any) -> float | None:
     return softcap
 
 
-# What a head takes beside: labels of the tokens, and of which ones all terms are wanted.
-_EXAMPLE_LABELS = (torch.zeros(11, dtype=torch.int64), torch.arange(9))
-
-
 def _example_inputs(source_multiple: int) -> tuple[Tensor, ...]:
     """Sizes are at least 2 and differ: torch.export specialises on 0 and 1, and equates equals."""
     num_sources, source_length, num_targets, target_length, num_tokens = 3, 7, 5, 6, 11
@@ -284,6 +280,11 @@ def _example_inputs(source_multiple: int) -> tuple[Tensor, ...]:
         torch.zeros(num_targets, target_length, dtype=torch.int64),
         torch.arange(num_tokens),
     )
+
+
+def _example_labels() -> tuple[Tensor, Tensor]:
+    """What a head takes beside: labels of the tokens, and of which ones all terms are wanted."""
+    return torch.zeros(11, dtype=torch.int64), torch.arange(9)
 
 
 def _packed_example_inputs() -> tuple[Tensor, ...]:
