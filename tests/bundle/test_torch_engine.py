@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from seqloss.bundle.manifest import WEIGHTS_NAME
 from seqloss.bundle.reader import Bundle
 from seqloss.engines import cpu_linear, torch_engine
-from seqloss.engines.layout import BODY_INPUTS, packed, padded
+from seqloss.engines.layout import packed, padded
 from seqloss.engines.self_test import self_test_errors
 from seqloss.engines.torch_engine import TorchEngine
 from seqloss.errors import ConfigurationError, EngineDeadError, OutOfMemoryError
@@ -82,7 +82,7 @@ def test_a_graph_moves_whole_to_another_device(precision: Any, bundle: Bundle) -
     archive = bundle.graph_archive(graph)
     with torch_engine._Weights(bundle, graph, torch.device("cpu")) as weights:
         weights.get = lambda name, dtype, get=weights.get: get(name, dtype).to(device)
-        module = torch_engine._module(archive, weights, device, BODY_INPUTS[graph.layout])
+        module = torch_engine._module(archive, graph.layout, weights, device)
     lay_out = packed if graph.layout == "packed" else padded
     *inputs, _ = (torch.from_numpy(array).to(device) for array in lay_out(small_batch()))
     hidden = module(*inputs)

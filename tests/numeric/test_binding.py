@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
-import seqloss.model.operators  # noqa: F401 - registers them
 from checkpoints import save_checkpoint, sized
+from seqloss.bundle.graph_archive import distil
 from seqloss.bundle.reader import Bundle, open_bundle
 from seqloss.engines.binding import Bound, bind
 from seqloss.engines.loader import load_engine
+from seqloss.engines.packed_program import module_of
 from seqloss.export.exporter import ExportOptions, export_checkpoint
 from seqloss.kernels.functions import KernelLibrary
 
@@ -36,12 +40,20 @@ class Layer(nn.Module):
         return self._then(_OPS.linear(inputs, self.weight, self.bias, "none", torch.float32))
 
 
+def read(program: ExportedProgram) -> GraphModule:
+    """As it comes out of a bundle."""
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    weights = program.state_dict
+    return module_of(distil(file.getvalue()), lambda name, _: weights[name], ("inputs",))
+
+
 def bound(then: Callable[[Tensor], Tensor], library: KernelLibrary | None) -> Bound:
     inputs = torch.ones(5, WIDTH)
     rows = {0: torch.export.Dim("rows", min=3, max=100)}
     with torch.no_grad():
-        module = torch.export.export(Layer(then), (inputs,), dynamic_shapes=[rows]).module()
-        found = bind(module, library)
+        program = torch.export.export(Layer(then), (inputs,), dynamic_shapes=[rows])
+        found = bind(module := read(program), library)
         torch.testing.assert_close(module(inputs), Layer(then)(inputs))
     return found
 

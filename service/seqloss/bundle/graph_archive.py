@@ -24,7 +24,8 @@ from typing import Any
 from seqloss.bundle.graph_policy import program_faults
 from seqloss.errors import BundleError
 
-_PROGRAM = "models/model.json"
+# Where in an archive, below its root folder, the graph stands as JSON.
+PROGRAM = "models/model.json"
 _WEIGHTS_CONFIG = "data/weights/model_weights_config.json"
 _CONSTANTS_CONFIG = "data/constants/model_constants_config.json"
 _SAMPLE_INPUTS = "data/sample_inputs/model.pt"
@@ -43,12 +44,12 @@ def distil(archive: bytes) -> bytes:
         BundleError: the rest would be refused by `checked`.
     """
     members = _members(archive)
-    program = json.loads(members[_PROGRAM])
+    program = json.loads(members[PROGRAM])
     program["guards_code"] = []
     del program["graph_module"]["module_call_graph"][1:]
     for node in program["graph_module"]["graph"]["nodes"]:
         node["metadata"] = {}
-    members[_PROGRAM] = json.dumps(program).encode()
+    members[PROGRAM] = json.dumps(program).encode()
     members = {
         name: b"" if name == _SAMPLE_INPUTS or _WEIGHT.fullmatch(name) else content
         for name, content in members.items()
@@ -74,12 +75,12 @@ def checked(archive: bytes) -> bytes:
     ]
     faults += [f"lacks {name!r}" for name in _REQUIRED if name not in members]
     parsed: dict[str, Any] = {}
-    for name in (_PROGRAM, _WEIGHTS_CONFIG, _CONSTANTS_CONFIG):
+    for name in (PROGRAM, _WEIGHTS_CONFIG, _CONSTANTS_CONFIG):
         try:
             parsed[name] = json.loads(members.get(name, b"{}"))
         except (ValueError, RecursionError):
             faults.append(f"{name} is not JSON")
-    faults += program_faults(parsed.get(_PROGRAM))
+    faults += program_faults(parsed.get(PROGRAM))
     faults += _payload_faults(parsed.get(_WEIGHTS_CONFIG), "weight")
     faults += _payload_faults(parsed.get(_CONSTANTS_CONFIG), "tensor")
     if faults:
@@ -87,7 +88,7 @@ def checked(archive: bytes) -> bytes:
     return _pack(members | {name: json.dumps(content).encode() for name, content in parsed.items()})
 
 
-_REQUIRED = (_PROGRAM, _WEIGHTS_CONFIG, _CONSTANTS_CONFIG, _SAMPLE_INPUTS, *_MARKERS)
+_REQUIRED = (PROGRAM, _WEIGHTS_CONFIG, _CONSTANTS_CONFIG, _SAMPLE_INPUTS, *_MARKERS)
 
 
 def _is_expected(name: str, content: bytes) -> bool:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from seqloss.engines import cpu_linear
 from seqloss.kernels.functions import AttentionSettings, KernelLibrary
 from seqloss.kernels.modules import CompiledAttention, CompiledLinear, CompiledNorm
-from seqloss.model.operators import ACTIVATIONS
+from seqloss.model.operators import ACTIVATIONS, attention, norm
 
 _OPS: Any = torch.ops.seqloss
 _ATEN: Any = torch.ops.aten
@@ -33,8 +33,6 @@ _ROW_BY_ROW = frozenset(
         _ATEN.to.dtype,
     }
 )
-# Guards of torch.export, which compute nothing.
-_GUARDS = "_assert"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ def bind(module: GraphModule, library: KernelLibrary | None) -> Bound:
     Weights are laid out anew, and the originals let go.
 
     Args:
-        module: a packed graph with its weights on the CPU.
+        module: a packed graph, see `seqloss.engines.packed_program`, with weights on the CPU.
         library: the kernels; None for plain Torch.
     """
     graph = module.graph
@@ -77,6 +75,7 @@ def bind(module: GraphModule, library: KernelLibrary | None) -> Bound:
         is_compiled = isinstance(bound, CompiledLinear | CompiledNorm | CompiledAttention)
         num_compiled, num_plain = num_compiled + is_compiled, num_plain + (not is_compiled)
         if bound is None:
+            node.target = _DEFINITIONS[node.target]
             continue
         name = f"bound_{index}"
         module.add_submodule(name, bound)
@@ -95,9 +94,7 @@ def bind(module: GraphModule, library: KernelLibrary | None) -> Bound:
 
 
 def _may_mix_rows(node: Node) -> bool:
-    if node.op != "call_function" or node.target in _ROW_BY_ROW:
-        return False
-    return not getattr(node.target, "__name__", "").startswith(_GUARDS)
+    return node.op == "call_function" and node.target not in _ROW_BY_ROW
 
 
 class _Linear(nn.Module):
@@ -164,11 +161,17 @@ def _norm(node: Node, module: GraphModule, library: KernelLibrary | None) -> nn.
 def _attention(node: Node, module: GraphModule, library: KernelLibrary | None) -> nn.Module | None:
     settings: list[Any] = list(node.args[-5:])
     how = AttentionSettings(_tensor(module, settings[0]), *settings[1:])
-    if library is None or not CompiledAttention.fits(library, node.meta["val"].shape[1], how):
+    if library is None or not CompiledAttention.fits(library, node.meta["width"], how):
         return None
     return CompiledAttention(library, how)
 
 
+# What computes where there is no module. To call it by the operator's name takes longer, and has
+# Torch import its compiler.
+_DEFINITIONS: dict[Any, Callable[..., Any]] = {
+    _OPS.norm.default: norm,
+    _OPS.attention.default: attention,
+}
 # What makes an operator's module, and which of its arguments are weights, which the module holds.
 _BOUND: dict[
     Any,

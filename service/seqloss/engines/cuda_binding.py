@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional
 
 from seqloss.model.flash_attention import flash_attention, laid_out, takes
-from seqloss.model.operators import ACTIVATIONS
+from seqloss.model.operators import ACTIVATIONS, attention
 
 _ATEN: Any = torch.ops.aten
 _OPS: Any = torch.ops.seqloss
@@ -32,7 +32,7 @@ def bind(module: GraphModule, *, with_flash: bool) -> None:
     binding = _Binding(module)
     if with_flash:
         binding.attend_by_flash()
-    binding.replace_products_and_norms()
+    binding.replace_the_others()
     binding.finish()
 
 
@@ -61,7 +61,7 @@ class _Binding:
                 arguments = (queries, keys, values, layouts[key], heads, scale, causal)
                 self._replace(node, flash_attention, arguments)
 
-    def replace_products_and_norms(self) -> None:
+    def replace_the_others(self) -> None:
         """With the same numbers as the operators' definitions."""
         for node in self._of(_OPS.linear.default):
             inputs, weight, bias, activation, dtype = node.args
@@ -73,11 +73,11 @@ class _Binding:
             self._replace(node, _linear_add, (inputs, weight, self._bias(bias, weight), residual))
         for node in self._of(_OPS.norm.default):
             self._replace(node, _norm, node.args)
+        for node in self._of(_OPS.attention.default):
+            self._replace(node, attention, node.args)
 
     def finish(self) -> None:
-        """Drops what export noted down about dtypes and devices, and biases that nothing reads."""
-        for node in self._of(_ATEN._assert_tensor_metadata.default):
-            self._graph.erase_node(node)
+        """Drops biases that nothing reads any more."""
         for node in self._graph.find_nodes(op="get_attr"):
             if not node.users:
                 self._graph.erase_node(node)
@@ -92,9 +92,9 @@ class _Binding:
             node.replace_all_uses_with(self._graph.call_function(function, tuple(arguments)))
         self._graph.erase_node(node)
 
-    def _products_for_flash(self, attention: Node) -> set[Node]:
+    def _products_for_flash(self, node: Node) -> set[Node]:
         """The products that make queries, keys and values; empty where the kernel does not go."""
-        arguments: Any = attention.args
+        arguments: Any = node.args
         bounds, (bias, heads, _, causal, dtype) = arguments[3:7], arguments[7:]
         made_by = [_product_and_parts(rows) for rows in arguments[:3]]
         products = {product for product, _ in made_by if product is not None}

@@ -22,6 +22,7 @@ from seqloss.engines.cuda_binding import bind as bind_for_cuda
 from seqloss.engines.cuda_head import triton_head
 from seqloss.engines.cuda_staging import CudaStaging
 from seqloss.engines.layout import BODY_INPUTS, PackedInputs, PaddedInputs, packed, padded
+from seqloss.engines.packed_program import module_of
 from seqloss.errors import (
     BundleError,
     ConfigurationError,
@@ -211,7 +212,7 @@ def _load(
     dtype = getattr(torch, graph.precision)
     try:
         with _Weights(bundle, graph, device) as weights:
-            body = _module(bundle.graph_archive(graph), weights, device, BODY_INPUTS[graph.layout])
+            body = _module(bundle.graph_archive(graph), graph.layout, weights, device)
             # Where the embeddings are the same matrix it is here in float32 already.
             exact = weights.has("output.weight", torch.float32)
             projection = OutputProjection(
@@ -298,10 +299,11 @@ class _Weights(AbstractContextManager["_Weights"]):
         self._file.__exit__(None, None, None)
 
 
-def _module(
-    archive: bytes, weights: _Weights, device: torch.device, inputs: tuple[str, ...]
-) -> GraphModule:
+def _module(archive: bytes, layout: str, weights: _Weights, device: torch.device) -> GraphModule:
     """The program as a callable module on the given weights."""
+    inputs = BODY_INPUTS[layout]
+    if layout == "packed":
+        return module_of(archive, weights.get, inputs)
     program = torch.export.load(io.BytesIO(archive))
     if program.graph_signature.user_inputs != inputs:
         raise BundleError(

@@ -25,7 +25,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@library.custom_op("seqloss::linear", mutates_args=())
 def linear(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype
 ) -> Tensor:
@@ -46,14 +45,12 @@ def linear(
     return activated.to(dtype)
 
 
-@library.custom_op("seqloss::linear_add", mutates_args=())
 def linear_add(inputs: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """`residual + inputs @ weight.T + bias`, in float32 as the residual is; see `linear`."""
     products = functional.linear(inputs, weight, None if bias is None else bias.to(inputs.dtype))
     return residual + products.float()
 
 
-@library.custom_op("seqloss::norm", mutates_args=())
 def norm(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -76,7 +73,6 @@ def norm(
     return normed, normed.to(dtype, copy=True)
 
 
-@library.custom_op("seqloss::attention", mutates_args=())
 def attention(
     queries: Tensor,
     keys: Tensor,
@@ -150,25 +146,32 @@ def _row_and_place(lengths: Tensor) -> tuple[Tensor, Tensor]:
     return row, torch.arange(len(row), device=lengths.device) - starts[row]
 
 
-@linear.register_fake
+# As graphs call them.
+_LINEAR = library.custom_op("seqloss::linear", linear, mutates_args=())
+_LINEAR_ADD = library.custom_op("seqloss::linear_add", linear_add, mutates_args=())
+_NORM = library.custom_op("seqloss::norm", norm, mutates_args=())
+_ATTENTION = library.custom_op("seqloss::attention", attention, mutates_args=())
+
+
+@_LINEAR.register_fake
 def _(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype
 ) -> Tensor:
     return inputs.new_empty(inputs.shape[0], weight.shape[0], dtype=dtype)
 
 
-@linear_add.register_fake
+@_LINEAR_ADD.register_fake
 def _(inputs: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     return torch.empty_like(residual)
 
 
-@norm.register_fake
+@_NORM.register_fake
 def _(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(inputs), torch.empty_like(inputs, dtype=dtype)
 
 
-@attention.register_fake
+@_ATTENTION.register_fake
 def _(queries: Tensor, *others: Any) -> Tensor:
     return queries.new_empty(queries.shape[0], queries.shape[1], dtype=others[-1])
