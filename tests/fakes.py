@@ -78,6 +78,7 @@ class FakeEngine:
         device: str = "cpu",
         makes_logits: bool = False,
         has_kernels: bool = False,
+        is_batch_invariant: bool = False,
     ) -> None:
         self.batches: list[Batch] = []
         self.closed = False
@@ -90,6 +91,7 @@ class FakeEngine:
             "fake",
             makes_logits=makes_logits,
             has_kernels=has_kernels,
+            is_batch_invariant=is_batch_invariant,
         )
 
     @property

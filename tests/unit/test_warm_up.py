@@ -50,6 +50,14 @@ def test_batches_go_to_the_corners_of_the_budget_with_all_outputs_and_without() 
     assert shapes == {(*corner, extra) for corner in corners for extra in (False, True)}
 
 
+def test_kernels_make_nothing_for_a_shape_and_are_timed_at_once() -> None:
+    engine = FakeEngine(is_batch_invariant=True)
+    _, cost = warm_up(engine, fake_manifest(), LIMITS, 480, 64)
+    assert len(engine.batches) == 5
+    assert not any(batch.with_ranks_and_entropies for batch in engine.batches)
+    assert cost.is_measured
+
+
 @pytest.mark.parametrize(("tokens", "pairs"), [(1, 1), (7, 100), (200, 3), (5000, 512)])
 def test_no_batch_of_more_than_a_pair_is_over_the_caps(tokens: int, pairs: int) -> None:
     engine = FakeEngine()

@@ -54,8 +54,9 @@ def warm_up(
         tried = tokens if proves_memory else min(tokens, _TIMED_TOKENS)
         try:
             for shape in _corners(limits, tried, max_batch_pairs):
-                batch = _batch_of(shape, manifest, all_terms=True)
-                engine.score(batch)  # the first of a shape pays for what is made once
+                if not engine.info.is_batch_invariant:
+                    # The first of a shape pays for what is made once; kernels make nothing.
+                    engine.score(_batch_of(shape, manifest, all_terms=True))
                 cost.observe(shape, _seconds(engine, _batch_of(shape, manifest, all_terms=False)))
             return tokens, cost
         except OutOfMemoryError:
