@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
@@ -260,11 +261,15 @@ def _serve(options: argparse.Namespace) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     process.prepare()
     from seqloss.bundle.reader import open_bundle
-    from seqloss.http.server import serve
 
     settings = _settings(options)
     logs.configure(settings.log_format)
-    bundles = {name: open_bundle(path) for name, path in _named(options.bundles).items()}
+    named = _named(options.bundles)
+    with ThreadPoolExecutor() as pool:
+        opened = pool.map(open_bundle, named.values())
+        from seqloss.http.server import serve  # a slow import, while digests are computed
+
+        bundles = dict(zip(named, opened, strict=True))
     if serve(bundles, settings):
         return 0
     # The device's thread may be in a batch that never ends, and Python would wait for it.
