@@ -1,4 +1,4 @@
-"""How the service behaves: its own cost, its padding, and what it gives to whom under load."""
+"""How the service behaves: its own cost, its padding, what it gives to whom, and how it starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import get_args
 from benchmarks.arguments import common_parser, exits_with_workers, positive, set_environment, write
 from benchmarks.machine import machine, origin
 from benchmarks.pairs import sentence_lengths
-from benchmarks.serving import encode_once, mixed, overhead, padding, report, stages
+from benchmarks.serving import encode_once, mixed, overhead, padding, report, stages, start
 from benchmarks.serving.figures import PartResult
 from benchmarks.serving.report import Results
 from benchmarks.serving.workbench import Plan, Workbench
@@ -24,6 +24,7 @@ PARTS: dict[str, Callable[[Workbench], PartResult]] = {
     "encode_once": encode_once.measure,
     "overhead": overhead.measure,
     "mixed": mixed.measure,
+    "start": start.measure,
 }
 
 
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--precision", choices=get_args(Precision), default="bfloat16")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
-    parser.add_argument("--rounds", type=positive, default=5, help="of encode_once and overhead")
+    parser.add_argument("--rounds", type=positive, default=5, help="of those that compare in turn")
     parser.add_argument(
         "--seconds",
         type=_positive_seconds,
