@@ -190,8 +190,8 @@ def test_a_second_sigterm_ends_it_at_once(start: StartFaulty) -> None:
         server.process.send_signal(signal.SIGTERM)
 
     started = time.monotonic()
-    outcomes = outcomes_of(server.address, bodies_of(90, 4), meanwhile=terminate_twice)
-    assert outcomes.total() == 90
+    outcomes = outcomes_of(server.address, bodies_of(30, 4), meanwhile=terminate_twice)
+    assert outcomes.total() == 30
     assert set(outcomes) <= {"scored", "not_ready", "disconnected"}, outcomes
     assert server.exit_status() in (0, -signal.SIGTERM)
     assert time.monotonic() - started < TIMEOUT

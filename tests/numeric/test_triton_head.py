@@ -100,7 +100,7 @@ def run(program: str, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # of a module it would be made anew between others' tests
 def terms_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Tensor, ...]]:
     """The terms of a case, by its name."""
     folder = tmp_path_factory.mktemp("triton")
