@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx_ir
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,7 +32,7 @@ from seqloss.export.graph import (
     softcap_of,
 )
 from seqloss.export.huggingface import LoadedCheckpoint, load_checkpoint
-from seqloss.export.onnx_graph import write_onnx
+from seqloss.export.onnx_graph import loss_graph, write_onnx
 from seqloss.export.precision import lowered
 from seqloss.export.reference import Reference, make_self_test
 from seqloss.model.families import NativeModel, native_model
@@ -165,6 +166,7 @@ def _write_graphs(
         "output.mean_bias": projection.mean_bias,
     }
     graphs = []
+    onnx_models: dict[torch.dtype, onnx_ir.Model] = {}
     for engine, precision in options.graphs:
         is_packed = engine == "torch" and native is not None
         graph = _new_graph(checkpoint, engine, precision, is_packed=is_packed)
@@ -174,8 +176,11 @@ def _write_graphs(
         dtype = getattr(torch, precision) if precision != "int8" else torch.float32
         as_computed = lowered(body, dtype, widen=checkpoint.family.widens)
         if engine == "onnx":
-            with as_computed:
-                written = write_onnx(place, body, projection, precision, graph.source_multiple)
+            if dtype not in onnx_models:
+                with as_computed:  # no more than one is kept: it holds weights
+                    model = loss_graph(body, projection, dtype, graph.source_multiple)
+                onnx_models = {dtype: model}
+            written = write_onnx(place, onnx_models[dtype], precision)
             graphs.append(graph.model_copy(update=asdict(written)))
             continue
         if native is None:

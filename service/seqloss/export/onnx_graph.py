@@ -63,30 +63,37 @@ class Written:
     exported_with: str
 
 
-def write_onnx(
-    folder: Path,
-    body: Body,
-    projection: OutputProjection,
-    precision: Precision,
-    source_multiple: int,
-) -> Written:
-    """Writes the loss graph and its weights into the folder.
+def loss_graph(
+    body: Body, projection: OutputProjection, dtype: torch.dtype, source_multiple: int
+) -> onnx_ir.Model:
+    """Translates the model and the loss head on top of it.
 
     Args:
-        folder: is there.
-        body: in the precision that its weights have; in float32 for int8.
+        body: in the precision that its weights have.
         projection: the output projection.
-        precision: of the products.
+        dtype: of the head's products.
         source_multiple: source lengths are multiples of this, and at least two of them.
 
     Raises:
         CheckpointError: the model's code fixes sizes, or uses what ONNX does not have.
     """
-    dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
     module = LossGraph(body, GraphHead(projection, dtype))
-    model = _converted(traced(module, source_multiple, with_head=True))
+    return _converted(traced(module, source_multiple, with_head=True))
+
+
+def write_onnx(folder: Path, model: onnx_ir.Model, precision: Precision) -> Written:
+    """Writes a loss graph and its weights.
+
+    Args:
+        folder: is there.
+        model: what `loss_graph` makes; in float32 for int8, and not changed.
+        precision: of the products.
+
+    Raises:
+        CheckpointError: it holds what bundles may not.
+    """
     if precision == "int8":
-        quantised(model)
+        quantised(model := model.clone())
     return saved(folder, model, f"torch {torch.__version__}, onnxscript {onnxscript.__version__}")
 
 
