@@ -247,19 +247,19 @@ def test_nobody_waits_for_who_reads_the_log() -> None:
             logger.info("%d %s", index, "x" * 4096)
         # Somebody reads again, and every line is there or is counted.
         read: list[str] = []
-        while "late\n" not in read:
-            logger.info("late")
-            read.append(reader.readline())
-        lost = [int(match[1]) for line in read if (match := re.match(r"(\d+) lines of", line))]
-        whole = [int(line.split()[0]) for line in read if line.endswith("x\n")]
-        assert whole == list(range(len(whole)))
-        assert 0 < len(whole) < fillers
-        assert len(whole) + sum(lost) >= fillers
-        drain = threading.Thread(target=reader.read)
-        drain.start()
+        reads = threading.Thread(target=lambda: read.extend(reader))
+        reads.start()
+        handler.flush()
+        logger.info("%d the last", fillers)
         handler.close()
         writer.close()
-        drain.join()
+        reads.join()
+    lost = [int(match[1]) for line in read if (match := re.match(r"(\d+) lines of", line))]
+    whole = [int(line.split()[0]) for line in read if line.endswith(("x\n", "last\n"))]
+    assert whole == sorted(set(whole))
+    assert whole[-1] == fillers
+    assert sum(lost) > 0
+    assert len(whole) + sum(lost) == fillers + 1
 
 
 def test_whoever_stopped_to_read_does_not_keep_the_service_from_ending(
