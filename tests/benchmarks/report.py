@@ -44,6 +44,8 @@ Of the last two tables one is of another model, so small that only its vocabular
 the process's peak rises above what it had before, while one batch is scored. The other has 32 of
 the pairs in 200 random batches of up to 24, in random order, with and without the compiled kernels:
 what any token's nll differs by, and what the batches took, one after the other.
+
+All of this is on a CPU. `make bench-gpu` measures an NVIDIA GPU; it has not been run on one yet.
 """
 
 
