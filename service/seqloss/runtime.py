@@ -111,7 +111,7 @@ class LossRuntime:
 
     @property
     def busy_seconds(self) -> float:
-        """How long its batches have kept the device."""
+        """How long its batches have kept the device, up to now."""
         return self._batcher.busy_seconds if self._batcher is not None else 0.0
 
     async def start(self, threads: Threads) -> None:

@@ -107,8 +107,8 @@ class Batcher:
         self._is_closed = False
         self._death: EngineDeadError | None = None
         self.is_stuck = False
-        self.busy_seconds = 0.0
-        """How long the device has computed batches."""
+        self._busy_seconds = 0.0
+        self._computing_since: float | None = None
         metrics.watch_queue(self._queue_state)
         self._task = self._loop.create_task(self._run())
 
@@ -116,6 +116,12 @@ class Batcher:
     def queue_tokens(self) -> int:
         """Tokens admitted and not computed."""
         return self._admission.held
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the device has computed batches, the one under way among them."""
+        since = self._computing_since
+        return self._busy_seconds + (self._loop.time() - since if since is not None else 0.0)
 
     def _queue_state(self) -> dict[str, float]:
         """What gauges show when they are read."""
@@ -346,7 +352,11 @@ class Batcher:
                 self._metrics.queue_wait(job.priority, job.queue_seconds)
             job.num_batches += 1
         self._queue.started(formed.priority, self._formed())
-        terms, begun, seconds = await self._forward(ready)
+        try:
+            terms, begun, seconds = await self._forward(ready)
+        finally:
+            self._computing_since = None
+        self._busy_seconds += seconds
         if terms is None:
             self._split(formed)
             return
@@ -379,6 +389,7 @@ class Batcher:
         forward.add_done_callback(_ignore)
         # Another model may have the device; its own watchdog looks after it.
         await asyncio.wait({forward, begun}, return_when=asyncio.FIRST_COMPLETED)
+        self._computing_since = self._loop.time()
         # Only now: forming holds the interpreter, which the device's thread needs to begin.
         self._form_ahead(ready.formed)
         if self._max_forward_seconds < float("inf"):
@@ -427,7 +438,6 @@ class Batcher:
         for job, _ in collated.selection:
             job.batch_times.append(times)
         self._count_done(collated.selection, seconds)
-        self.busy_seconds += seconds
         try:
             self._observe(collated.batch, seconds)
             self._report(ready, times, scattered - started)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Set
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +34,21 @@ from seqloss.settings import Settings, load_settings
 # Replicas on one machine share its ports: each takes the first that is free.
 _FIRST_OPERATORS_PORT = 8100
 _OPERATORS_PORTS = 32
+_LAST_PORT = 65535
+
+# Settings of `seqloss serve`, and why they are of no effect here.
+_RAYS = {
+    "connections are Ray Serve's; see http_options of its config file": {
+        "host",
+        "port",
+        "tls_certificate_file",
+        "tls_key_file",
+    },
+    "Ray Serve drains replicas; see graceful_shutdown_timeout_s of the deployment": {
+        "drain_delay_seconds",
+        "drain_timeout_seconds",
+    },
+}
 
 _REPLICA_HEALTH_SECONDS = 5.0
 # For answers that are under way.
@@ -42,17 +57,22 @@ _LAST_REPLIES_SECONDS = 1.0
 _LOG = logging.getLogger(__name__)
 
 
+# As of `seqloss serve NAME=BUNDLE`.
+_ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+
+
 class Arguments(BaseModel):
     """What `args` of an application may say in a file for `serve deploy`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    models: Annotated[dict[str, Path], Field(min_length=1)]
+    models: Annotated[dict[_ModelName, Path], Field(min_length=1)]
     """The folders of bundles, by the names of their models; each machine must find them there."""
 
     settings: dict[str, Any] = {}
-    """Settings by their names, as in docs/settings.md; they win over `SEQLOSS_...`. `host`, `port`
-    and TLS are Ray Serve's. `admin_port` is the first of the ports that replicas take."""
+    """Those of `seqloss.settings` by their names; they win over `SEQLOSS_...`. `host`, `port` and
+    TLS are Ray Serve's, `receive_timeout_seconds` is of bodies alone, and `admin_port` is the first
+    of the ports that replicas take."""
 
 
 class Replica:
@@ -70,12 +90,13 @@ class Replica:
             BundleError: a folder holds no bundle, or a broken one.
         """
         process.prepare()
-        _refuse_what_ray_does(settings)
+        _refuse_what_ray_does(settings.keys())
         given = load_settings(**settings).model_fields_set  # here, or in the environment
         defaults = {"admin_port": _FIRST_OPERATORS_PORT, "threads": _assigned_threads()}
         missing = {name: value for name, value in defaults.items() if name not in given}
         self._settings = load_settings(**(settings | missing))
         logs.configure(self._settings.log_format)
+        _warn_of_what_ray_does(given - settings.keys())
         self._bundles = {name: open_bundle(folder) for name, folder in models.items()}
         self._fatal: Exception | None = None
         self._reported = time.monotonic(), 0.0
@@ -87,7 +108,9 @@ class Replica:
         )
         self._served.add_middleware(_OneRequestId)
         router = self._served.router
-        router.lifespan_context = _with_operators_port(router.lifespan_context, self._settings)
+        router.lifespan_context = _with_operators_port(
+            router.lifespan_context, self._settings, self._died
+        )
         return self._served
 
     def _died(self, error: Exception) -> None:
@@ -169,16 +192,25 @@ class _OneRequestId:
 
 
 def _with_operators_port(
-    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[Any]], settings: Settings
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[Any]],
+    settings: Settings,
+    on_death: Callable[[Exception], None],
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """The lifespan of an application, and around it a port that answers to its end."""
 
     @asynccontextmanager
     async def with_port(app: FastAPI) -> AsyncIterator[None]:
         first = settings.admin_port or 0
-        listener = listen_for_operators(settings, range(first, first + _OPERATORS_PORTS))
+        ports = range(first, min(first + _OPERATORS_PORTS, _LAST_PORT + 1))
+        listener = listen_for_operators(settings, ports)
         server = SecondServer.of(app)
         answering = asyncio.create_task(server.serve(sockets=[listener]))
+
+        def on_end(_: asyncio.Task[None]) -> None:
+            if not server.should_exit:
+                on_death(RuntimeError("the port for operators answers no more"))
+
+        answering.add_done_callback(on_end)
         try:
             async with lifespan(app):
                 yield
@@ -189,22 +221,22 @@ def _with_operators_port(
     return with_port
 
 
-def _refuse_what_ray_does(settings: dict[str, Any]) -> None:
+def _refuse_what_ray_does(given: Set[str]) -> None:
     """Nothing that is set is silently of no effect.
 
     Raises:
         ConfigurationError: one of them is set.
     """
-    rays = {"host", "port", "tls_certificate_file", "tls_key_file", "receive_timeout_seconds"}
-    if found := sorted(rays & settings.keys()):
-        raise ConfigurationError(
-            f"{', '.join(found)}: connections are Ray Serve's; see http_options of its config file"
-        )
-    if found := sorted({"drain_delay_seconds", "drain_timeout_seconds"} & settings.keys()):
-        raise ConfigurationError(
-            f"{', '.join(found)}: Ray Serve drains replicas; see graceful_shutdown_timeout_s of "
-            "the deployment"
-        )
+    for why, names in _RAYS.items():
+        if found := sorted(names & given):
+            raise ConfigurationError(f"{', '.join(found)}: {why}")
+
+
+def _warn_of_what_ray_does(given: Set[str]) -> None:
+    """An environment may be that of other programs too."""
+    for why, names in _RAYS.items():
+        for name in sorted(names & given):
+            _LOG.warning("SEQLOSS_%s in the environment has no effect: %s", name.upper(), why)
 
 
 def _assigned_threads() -> int | None:
@@ -215,4 +247,4 @@ def _assigned_threads() -> int | None:
     if not ray.is_initialized():
         return None
     assigned = ray.get_runtime_context().get_assigned_resources()
-    return None if assigned.get("GPU") else int(assigned.get("CPU", 0)) or None
+    return None if assigned.get("GPU") else max(1, int(assigned.get("CPU", 0)))
