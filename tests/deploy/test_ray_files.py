@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._private import ray_constants
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.config import AutoscalingPolicy
 from ray.serve.schema import ServeDeploySchema
@@ -97,10 +98,28 @@ def test_a_pod_has_longer_than_its_replica() -> None:
     assert ports["operators"] == serve_config()["applications"][0]["args"]["settings"]["admin_port"]
 
 
+def test_a_cluster_that_is_replaced_lives_as_long_as_its_replicas() -> None:
+    deployment = serve_config()["applications"][0]["deployments"][0]
+    delay = ray_service()["spec"]["rayClusterDeletionDelaySeconds"]
+    assert delay > deployment["graceful_shutdown_timeout_s"]
+
+
+def test_a_machine_that_is_to_end_waits_for_its_replicas() -> None:
+    name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    assert hasattr(ray_constants, name)
+    [group] = ray_service()["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    [seconds] = [one["value"] for one in pod["containers"][0]["env"] if one["name"] == name]
+    deployment = serve_config()["applications"][0]["deployments"][0]
+    least, most = deployment["graceful_shutdown_timeout_s"], pod["terminationGracePeriodSeconds"]
+    assert least < float(seconds) < most
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         {"models": {}},
+        {"models": {"a/b": "/models/a"}},
         {"models": {"a": "/models/a"}, "setting": {}},
         {"settings": {}},
     ],
