@@ -161,6 +161,15 @@ def test_states_that_are_not_the_projections_are_refused(
         head.terms(states, torch.zeros(5, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("label", [-1, 50, 2**40])
+def test_labels_that_are_no_classes_are_refused(label: int, kernel_library: KernelLibrary) -> None:
+    hidden, weight, bias, labels = random_head(50, 5)
+    head = CompiledHead(output_projection(weight, bias, []), torch.float32, kernel_library)
+    labels[3] = label
+    with pytest.raises(ValueError, match="no classes"):
+        head.terms(hidden, labels)
+
+
 def of(**changes: Any) -> OutputProjection:
     _, weight, bias, _ = random_head(50, 1)
     return output_projection(weight, bias, [])._replace(**changes)

@@ -118,6 +118,24 @@ def test_terms_are_those_of_the_full_logits(
 
 
 @every_head
+@pytest.mark.parametrize("behind", [100.0, 5_000.0, 10_000.0, 1e6])
+def test_a_label_far_behind_has_a_finite_loss(behind: float, head: Any) -> None:
+    """A bias of -10,000 is how checkpoints keep a class from being chosen."""
+    hidden, weight, bias, labels = random_head(70, 30)
+    bias[labels[::3]] = -behind
+    expected = naive_terms(hidden, weight, bias, labels, [])
+    target_logprob, mean_logprob, rank, entropy = head(
+        output_projection(weight, bias, []), hidden, labels
+    )
+    digits = 2e-7 * behind
+    for term, name in ((target_logprob, "target_logprob"), (mean_logprob, "mean_logprob")):
+        assert (term - expected[name]).abs().max() <= TOLERANCE + digits
+    assert (entropy - expected["entropy"]).abs().max() <= TOLERANCE + digits
+    assert (rank >= expected["least_rank"]).all()
+    assert (rank <= expected["largest_rank"].clamp(min=0)).all()
+
+
+@every_head
 def test_excluded_classes_leave_the_softmax_the_mean_and_the_ranks(head: Any) -> None:
     hidden, weight, bias, _ = random_head(60, 25)
     excluded = [*range(40, 60), 7]

@@ -332,6 +332,37 @@ def test_sequences_of_rows_that_are_not_there_are_refused(
         CompiledAttention(kernel_library, how)(*attended_to(7, 8, 32), *bounds)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows[:, :, None].expand(-1, -1, 8),  # of which a kernel would fill an eighth
+        lambda rows: rows[:1].expand(len(rows), -1),  # as many as anybody likes, of one
+        lambda rows: rows[:, :0],  # in which there is room for any number of heads
+        lambda rows: rows.flatten()[: len(rows)],
+        lambda rows: rows.double(),
+        lambda rows: rows.to("meta"),
+        lambda rows: rows.t().contiguous().t(),
+    ],
+    ids=["three_dimensions", "overlapping", "empty", "one_dimension", "double", "meta", "columns"],
+)
+def test_attention_is_of_rows_of_floats(change: Any, kernel_library: KernelLibrary) -> None:
+    how = AttentionSettings(None, 2, 1.0, causal=False, dtype=torch.float32)
+    parts = [change(part) for part in attended_to(7, 7, 32)]
+    with pytest.raises(BundleError, match="do not belong together: an attention"):
+        CompiledAttention(kernel_library, how)(*parts, *sequences([7], [7]))
+
+
+@pytest.mark.parametrize("many", [2**40, 2**57])  # more than there is, and than there can be
+def test_too_little_memory_is_an_error_and_not_the_end(
+    many: int, kernel_library: KernelLibrary
+) -> None:
+    how = AttentionSettings(None, 2, 1.0, causal=False, dtype=torch.float32)
+    queries, keys, values = attended_to(7, 1, 32)
+    far = [part.expand(many, -1) for part in (keys, values)]
+    with pytest.raises(MemoryError):
+        kernel_library.attention(queries, *far, sequences([7], [many]), how)
+
+
 # ---------------------------------------------------------------- threads
 
 

@@ -16,13 +16,16 @@ from seqloss.kernels.build import instructions
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 
+# See kernels/cpu/outcome.h.
+_WRONG_ROWS, _NO_MEMORY = 1, 2
+
 _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, list[Any]] = {
     "pack": [_P, _P, _N, _N, _I],
     "linear": [*[_P] * 6, _N, _N, _N, _I, _I],
     "norm": [_P, _P, _P, _P, _P, _N, _N, _F, _I],
     "attention": [*[_P] * 4, *[_N] * 3, *[_P] * 5, *[_N] * 6, _F, _I, _I],
-    "head": [*[_P] * 9, _N, _N, _N, _I],
+    "head": [*[_P] * 10, _N, _N, _N, _I],
     "label_logits": [*[_P] * 5, _N, _N, _I],
 }
 
@@ -51,12 +54,14 @@ class ClassSums:
         totals: of exp(d), float64.
         weighted: of exp(d) d, float64.
         ranks: how many d are positive, int32.
+        leads: the largest d, float32; meaningless where that is below -100.
     """
 
     nlls: Tensor
     totals: Tensor
     weighted: Tensor
     ranks: Tensor
+    leads: Tensor
 
 
 class HeadTokens(NamedTuple):
@@ -205,9 +210,12 @@ class KernelLibrary:
 
         Returns:
             None where sequences name rows beyond the end. Shape: (N, heads * width).
+
+        Raises:
+            MemoryError: there is too little.
         """
         attended = queries.new_empty(queries.shape, dtype=how.dtype)
-        failed = self._functions["attention", how.dtype](
+        outcome = self._functions["attention", how.dtype](
             queries.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
@@ -227,7 +235,8 @@ class KernelLibrary:
             how.causal,
             torch.get_num_threads(),
         )
-        return None if failed else attended
+        _require_memory(outcome)
+        return None if outcome == _WRONG_ROWS else attended
 
     def label_logits(self, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
         """`(hidden * weight[labels]).sum(-1) + bias[labels]` in float32. Shape: (K,)."""
@@ -250,9 +259,12 @@ class KernelLibrary:
             tokens: what is asked for.
             panels: of the output projection.
             bias: float32, as long as the panels.
+
+        Raises:
+            MemoryError: there is too little.
         """
         nlls = torch.empty_like(tokens.label_logits)
-        self._head(tokens, panels, bias, (nlls, None, None, None))
+        self._head(tokens, panels, bias, (nlls, None, None, None, None))
         return nlls
 
     def class_sums(self, tokens: HeadTokens, panels: Panels, bias: Tensor) -> ClassSums:
@@ -263,8 +275,10 @@ class KernelLibrary:
             torch.empty_like(like, dtype=torch.float64),
             torch.empty_like(like, dtype=torch.float64),
             torch.empty_like(like, dtype=torch.int32),
+            torch.empty_like(like),
         )
-        self._head(tokens, panels, bias, (sums.nlls, sums.totals, sums.weighted, sums.ranks))
+        outputs = (sums.nlls, sums.totals, sums.weighted, sums.ranks, sums.leads)
+        self._head(tokens, panels, bias, outputs)
         return sums
 
     def _head(
@@ -274,7 +288,7 @@ class KernelLibrary:
         bias: Tensor,
         outputs: tuple[Tensor | None, ...],
     ) -> None:
-        self._functions["head", tokens.hidden.dtype](
+        outcome = self._functions["head", tokens.hidden.dtype](
             tokens.hidden.data_ptr(),
             tokens.label_logits.data_ptr(),
             tokens.labels.data_ptr(),
@@ -285,3 +299,9 @@ class KernelLibrary:
             len(panels.values),
             torch.get_num_threads(),
         )
+        _require_memory(outcome)
+
+
+def _require_memory(outcome: int) -> None:
+    if outcome == _NO_MEMORY:
+        raise MemoryError("a kernel has no memory for its sums")

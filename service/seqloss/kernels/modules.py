@@ -131,13 +131,10 @@ class CompiledAttention(nn.Module):
         """Starts and ends of queries and keys; see `seqloss.model.operators.attention`."""
         _require(
             all(map(_is_here, (queries, keys, values, *bounds)))
+            and all(map(_has_rows, (queries, keys, values)))
             and queries.shape[1] % (self._how.heads * self._library.lanes) == 0
-            and queries.shape[1:] == keys.shape[1:]
+            and queries.shape[1] == keys.shape[1]
             and keys.shape == values.shape
-            and all(
-                tensor.dtype == torch.float32 and tensor.stride(1) == 1
-                for tensor in (queries, keys, values)
-            )
             and all(bound.dtype == torch.int64 and bound.dim() == 1 for bound in bounds)
             and len({len(bound) for bound in bounds}) == 1,
             "an attention",
@@ -151,6 +148,17 @@ class CompiledAttention(nn.Module):
 
 def _is_here(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    """Whether it is rows of floats, some at least in each, that do not overlap."""
+    return (
+        tensor.dim() == 2
+        and tensor.dtype == torch.float32
+        and tensor.shape[1] > 0
+        and tensor.stride(1) == 1
+        and (len(tensor) <= 1 or tensor.stride(0) >= tensor.shape[1])
+    )
 
 
 def _require(holds: bool, what: str) -> None:

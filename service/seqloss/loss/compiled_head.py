@@ -10,10 +10,6 @@ from seqloss.errors import BundleError
 from seqloss.kernels.functions import ClassSums, HeadTokens, KernelLibrary
 from seqloss.loss.head import ABSENT, OutputProjection
 
-# In nats: how much further each look goes where the others are ahead of a label by more than a
-# float32 can hold the exp of; and how many there are, before a logit is taken for infinite.
-_STEP = 80.0
-_MOST_STEPS = 64
 # In nats. Up to here the difference of two such numbers is good to some 3e-6.
 _LARGEST_LEAD = 8
 
@@ -60,6 +56,8 @@ class CompiledHead:
         is_here = hidden.device.type == "cpu" and hidden.dtype == torch.float32
         if not is_here or hidden.shape != (len(labels), self._panels.inner):
             raise BundleError("a graph ends with states that are not the output projection's")
+        if len(labels) and not (labels.min() >= 0 and labels.max() < len(weight)):
+            raise ValueError("there are labels that are no classes. This is a bug.")
         hidden, labels = hidden.contiguous(), labels.contiguous()
         target_logit = self._library.label_logits(hidden, weight, bias, labels)
         # As a kernel, and not as Torch's product, whose rows depend on how many there are.
@@ -77,20 +75,20 @@ class CompiledHead:
     def _finite(self, nlls: Tensor, tokens: HeadTokens) -> Tensor:
         """The same, in place, where exp did not fit into a float32: beyond 88 nats.
 
-        The other classes are summed up again relative to a larger number than the label's logit, by
-        the same kernel, so that here too no token's bits depend on another's.
+        The other classes are summed up again relative to the largest of them, and not to the
+        label's logit, by the same kernel, so that here too no token's bits depend on another's.
         """
-        for step in range(1, _MOST_STEPS + 1):
-            (rows,) = torch.nonzero(nlls == torch.inf, as_tuple=True)
-            if not len(rows):
-                break
-            hidden, target_logit, labels = (of[rows] for of in tokens)
-            shift = target_logit + step * _STEP
+        (rows,) = torch.nonzero(nlls == torch.inf, as_tuple=True)
+        if len(rows):
+            behind = HeadTokens(*(of[rows] for of in tokens))
+            sums = self._library.class_sums(behind, self._panels, self._bias)
+            largest = behind.label_logits + sums.leads
             sums = self._library.class_sums(
-                HeadTokens(hidden, shift, labels), self._panels, self._bias
+                behind._replace(label_logits=largest), self._panels, self._bias
             )
+            lead = largest.double() - behind.label_logits.double()
             # So far behind, a label adds nothing to the sum.
-            nlls[rows] = (sums.totals.log() + (shift.double() - target_logit.double())).float()
+            nlls[rows] = (sums.totals.log() + lead).float()
         return nlls
 
     def _entropy(self, sums: ClassSums, tokens: HeadTokens) -> Tensor:

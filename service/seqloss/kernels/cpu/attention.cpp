@@ -3,9 +3,12 @@
 // softmax(scale Q K^T + bias) V for each sequence and head: keys are laid out as a panel, values
 // are one nearly as they are, and both products are those of a linear layer.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <exception>
 #include <vector>
 
+#include "outcome.h"
 #include "products.h"
 
 namespace {
@@ -159,18 +162,26 @@ bool are_inside(const Arguments<T>& with, int64_t num_sequences, int64_t queries
 }
 
 template <typename T>
-void attention(const Arguments<T>& with, int64_t num_sequences, int threads) {
+Outcome attention(const Arguments<T>& with, int64_t num_sequences, int threads) {
   int64_t pairs = 0;  // of a query and a key
   for (int64_t i = 0; i < num_sequences; i++)
     pairs += (with.query_ends[i] - with.query_starts[i]) * (with.key_ends[i] - with.key_starts[i]);
   const bool is_large = 2 * pairs * with.heads * with.width >= WORTH_THREADS;
+  std::atomic<bool> has_memory = true;
 #pragma omp parallel num_threads(threads) if (is_large)
   {
     Scratch scratch;
 #pragma omp for schedule(dynamic, 4)
-    for (int64_t task = 0; task < num_sequences * with.heads; task++)
-      attend(with, task / with.heads, task % with.heads, scratch);
+    for (int64_t task = 0; task < num_sequences * with.heads; task++) {
+      if (!has_memory) continue;
+      try {
+        attend(with, task / with.heads, task % with.heads, scratch);
+      } catch (const std::exception&) {  // of vectors: too little memory, or more than there can be
+        has_memory = false;
+      }
+    }
   }
+  return has_memory ? DONE : NO_MEMORY;
 }
 
 }  // namespace
@@ -186,9 +197,8 @@ void attention(const Arguments<T>& with, int64_t num_sequences, int threads) {
                             key_stride, value_stride, query_starts, query_ends, key_starts,       \
                             key_ends,   bias,         bias_reach,   heads,      width,            \
                             scale,      causal != 0};                                             \
-    if (!are_inside(with, num_sequences, num_queries, num_keys)) return 1;                        \
-    attention(with, num_sequences, threads);                                                      \
-    return 0;                                                                                     \
+    if (!are_inside(with, num_sequences, num_queries, num_keys)) return WRONG_ROWS;               \
+    return attention(with, num_sequences, threads);                                               \
   }
 
 extern "C" {
@@ -198,8 +208,7 @@ extern "C" {
 // keys 0 to q. The bias depends on how far a key is from its query, up to bias_reach; beyond, it
 // stays the same. Shapes: attended (num_queries, heads * width), float32 or rounded, bias (heads,
 // 2 * bias_reach + 1) or missing; the width of a head is a multiple of LANES. Strides are between
-// rows, in elements. Returns 1, and computes nothing, where a sequence names rows that are not
-// there.
+// rows, in elements. Returns an Outcome.
 ATTENTION(attention_float32, float)
 #ifdef __AVX512BF16__
 ATTENTION(attention_bfloat16, bfloat16)

@@ -1,14 +1,18 @@
 // The loss head: sums over the classes of a softmax, whose logits never leave the registers.
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <vector>
 
+#include "outcome.h"
 #include "products.h"
 
 namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 40 * ROWS;
 constexpr int64_t PANELS_AT_ONCE = 1024 / WIDTH;
+// What the label's own d is replaced by: exp of it is 0.
+constexpr float LEAST = -110.f;
 
 // Of each token, over the classes but its label, with d = z - z_label.
 struct Outputs {
@@ -16,25 +20,32 @@ struct Outputs {
   double* totals;    // sum exp(d); missing, as those that follow, where only nlls are wanted
   double* weighted;  // sum exp(d) d
   int32_t* ranks;    // how many d are greater than 0
+  float* leads;      // the largest d, or -110 where that is more
 };
 
 // One token's sums over a part of the vocabulary, by lane.
+template <bool ALL>
 struct Lanes {
-  Vector total, weighted;
+  Vector total;
+};
+
+template <>
+struct Lanes<true> {
+  Vector total, weighted, lead = splat(LEAST);
   int32_t rank;
 };
 
 struct PartSums {
-  float total, weighted;
+  float total, weighted, lead;
   int32_t rank;
 };
 
 // d = z - z_label of one token and a panel's classes: adds exp(d), exp(d) d, and how many are
-// greater than 0. The label is none of them where it is not from 0 to WIDTH.
+// greater than 0, and keeps the largest. The label is none of them where it is not from 0 to WIDTH.
 template <bool ALL>
 inline void add(const float* products, const float* bias, float label_logit, int64_t label,
-                Lanes& lanes) {
-  const Vector least = splat(-110.f);
+                Lanes<ALL>& lanes) {
+  const Vector least = splat(LEAST);
   Vector total = lanes.total;
   for (int j = 0; j < VECTORS; j++) {
     const Vector logits = load(products + j * LANES) + load(bias + j * LANES);
@@ -43,6 +54,7 @@ inline void add(const float* products, const float* bias, float label_logit, int
     total += exp;
     if constexpr (ALL) {
       lanes.weighted = multiply_add(exp, larger(least, distance), lanes.weighted);
+      lanes.lead = larger(distance, lanes.lead);
       lanes.rank += num_positive(distance);
     }
   }
@@ -60,7 +72,7 @@ void head(const T* hidden, const float* label_logits, const int64_t* labels, con
   for (int64_t task = 0; task < parts * blocks; task++) {
     const int64_t part = task / blocks, first = task % blocks * ROWS_AT_ONCE;
     const int64_t end = std::min(tokens, first + ROWS_AT_ONCE);
-    Lanes lanes[ROWS_AT_ONCE] = {};
+    Lanes<ALL> lanes[ROWS_AT_ONCE] = {};
     for (int64_t panel = part * PANELS_AT_ONCE;
          panel < std::min(panels_count, (part + 1) * PANELS_AT_ONCE); panel++)
       for (int64_t row = first; row < end; row += ROWS) {
@@ -73,8 +85,14 @@ void head(const T* hidden, const float* label_logits, const int64_t* labels, con
                    labels[row + i] - panel * WIDTH, lanes[row + i - first]);
       }
     for (int64_t row = first; row < end; row++) {
-      const Lanes& own = lanes[row - first];
-      sums[part * tokens + row] = {sum(own.total), sum(own.weighted), own.rank};
+      const Lanes<ALL>& own = lanes[row - first];
+      PartSums& there = sums[part * tokens + row];
+      there.total = sum(own.total);
+      if constexpr (ALL) {
+        there.weighted = sum(own.weighted);
+        there.lead = largest_of(own.lead);
+        there.rank = own.rank;
+      }
     }
   }
   // In the order of the vocabulary, whoever computed which part of it.
@@ -82,11 +100,13 @@ void head(const T* hidden, const float* label_logits, const int64_t* labels, con
 #pragma omp parallel for num_threads(threads) if (is_large)
   for (int64_t token = 0; token < tokens; token++) {
     double total = 0, weighted = 0;
+    float lead = LEAST;
     int32_t rank = 0;
     for (int64_t part = 0; part < parts; part++) {
       const PartSums& own = sums[part * tokens + token];
       total += own.total;
       weighted += own.weighted;
+      lead = std::max(lead, own.lead);
       rank += own.rank;
     }
     outputs.nlls[token] = static_cast<float>(std::log1p(total));
@@ -94,20 +114,26 @@ void head(const T* hidden, const float* label_logits, const int64_t* labels, con
       outputs.totals[token] = total;
       outputs.weighted[token] = weighted;
       outputs.ranks[token] = rank;
+      outputs.leads[token] = lead;
     }
   }
 }
 
 template <typename T>
-void head(const T* hidden, const float* label_logits, const int64_t* labels, const T* panels,
-          const float* bias, const Outputs& outputs, int64_t tokens, int64_t inner,
-          int64_t panels_count, int threads) {
-  if (outputs.totals)
-    head<T, true>(hidden, label_logits, labels, panels, bias, tokens, inner, panels_count, outputs,
-                  threads);
-  else
-    head<T, false>(hidden, label_logits, labels, panels, bias, tokens, inner, panels_count, outputs,
-                   threads);
+Outcome head(const T* hidden, const float* label_logits, const int64_t* labels, const T* panels,
+             const float* bias, const Outputs& outputs, int64_t tokens, int64_t inner,
+             int64_t panels_count, int threads) {
+  try {
+    if (outputs.totals)
+      head<T, true>(hidden, label_logits, labels, panels, bias, tokens, inner, panels_count,
+                    outputs, threads);
+    else
+      head<T, false>(hidden, label_logits, labels, panels, bias, tokens, inner, panels_count,
+                     outputs, threads);
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
+  return DONE;
 }
 
 template <typename T>
@@ -132,22 +158,23 @@ void label_logits(const float* hidden, const T* weight, const float* bias, const
 extern "C" {
 
 // For outputs see there. Shapes: hidden (tokens, inner), label_logits, labels and outputs (tokens),
-// bias (panels * WIDTH), with the least float or nearly that where there is no class.
-void head_float32(const float* hidden, const float* label_logits, const int64_t* labels,
-                  const float* panels, const float* bias, float* nlls, double* totals,
-                  double* weighted, int32_t* ranks, int64_t tokens, int64_t inner,
-                  int64_t panels_count, int threads) {
-  head(hidden, label_logits, labels, panels, bias, {nlls, totals, weighted, ranks}, tokens, inner,
-       panels_count, threads);
+// bias (panels * WIDTH), with the least float or nearly that where there is no class. Returns an
+// Outcome.
+int head_float32(const float* hidden, const float* label_logits, const int64_t* labels,
+                 const float* panels, const float* bias, float* nlls, double* totals,
+                 double* weighted, int32_t* ranks, float* leads, int64_t tokens, int64_t inner,
+                 int64_t panels_count, int threads) {
+  return head(hidden, label_logits, labels, panels, bias, {nlls, totals, weighted, ranks, leads},
+              tokens, inner, panels_count, threads);
 }
 
 #ifdef __AVX512BF16__
-void head_bfloat16(const bfloat16* hidden, const float* label_logits, const int64_t* labels,
-                   const bfloat16* panels, const float* bias, float* nlls, double* totals,
-                   double* weighted, int32_t* ranks, int64_t tokens, int64_t inner,
-                   int64_t panels_count, int threads) {
-  head(hidden, label_logits, labels, panels, bias, {nlls, totals, weighted, ranks}, tokens, inner,
-       panels_count, threads);
+int head_bfloat16(const bfloat16* hidden, const float* label_logits, const int64_t* labels,
+                  const bfloat16* panels, const float* bias, float* nlls, double* totals,
+                  double* weighted, int32_t* ranks, float* leads, int64_t tokens, int64_t inner,
+                  int64_t panels_count, int threads) {
+  return head(hidden, label_logits, labels, panels, bias, {nlls, totals, weighted, ranks, leads},
+              tokens, inner, panels_count, threads);
 }
 #endif
 
