@@ -258,6 +258,12 @@ def weight_as_an_output_to_overwrite(program: Program, marker: Path) -> None:
     program["graph_module"]["signature"]["output_specs"][0] = {"parameter_mutation": output}
 
 
+@program_attack
+def path_to_what_all_modules_share(program: Program, marker: Path) -> None:
+    weight = program["graph_module"]["signature"]["input_specs"][0]["parameter"]
+    weight["parameter_name"] = "__class__.__base__.__base__._compiled_call_impl.x"
+
+
 def insert_node(target: str, **arguments: Any) -> Callable[[Members, Path], None]:
     """A node in front of all others, whose result nobody uses."""
 
@@ -313,6 +319,7 @@ REFUSED: list[tuple[Callable[[Members, Path], None], str]] = [
     (script_object, "script objects"),
     (operator_as_an_argument, "operator as an argument"),
     (weight_as_an_output_to_overwrite, "outlives a request"),
+    (path_to_what_all_modules_share, "in parameter_name"),
     *(
         (insert_node(target, f=marker_path), "not an operator that a bundle may use")
         for target in (
@@ -953,3 +960,39 @@ def test_manifest_that_contradicts_itself_is_refused(
 ) -> None:
     error = change_manifest(folder, lambda manifest: manifest[section].update(change))
     assert fault in text_of(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"target_ids": [[1, 10**6]]}, "self_test.target_ids are not in the vocabulary"),
+        ({"target_ids": [[1, 2**70]]}, "self_test.target_ids are not in the vocabulary"),
+        ({"source_ids": [[101]]}, "self_test.source_ids are not in the vocabulary"),
+        ({"source_index": [1]}, "sources that do not exist"),
+        ({"source_index": [0, 0]}, "one source and one nll per token"),
+        ({"token_nlls": [[1.0]]}, "one source and one nll per token"),
+        ({"token_nlls": [[1.0, 1.0], [1.0]]}, "one source and one nll per token"),
+        ({"source_ids": [[]]}, "sequences without tokens"),
+        ({"target_ids": [[]], "token_nlls": [[]]}, "sequences without tokens"),
+    ],
+)
+def test_a_self_test_of_what_there_is_not_is_refused(
+    change: dict[str, Any], fault: str, folder: Path
+) -> None:
+    """Its pairs go straight to the engine."""
+    test = {
+        "source_ids": [[1, 2]],
+        "source_index": [0],
+        "target_ids": [[1, 2]],
+        "token_nlls": [[1.0, 1.0]],
+    }
+    error = change_manifest(folder, lambda manifest: manifest["self_test"].update(test | change))
+    assert fault in text_of(error)
+
+
+def test_a_self_test_of_an_excluded_class_is_refused(folder: Path) -> None:
+    def change(manifest: Any) -> None:
+        target = manifest["self_test"]["target_ids"][0]
+        manifest["vocabulary"]["excluded_classes"] = [[target[0], target[0]]]
+
+    assert "of excluded classes" in text_of(change_manifest(folder, change))

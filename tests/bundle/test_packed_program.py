@@ -184,3 +184,21 @@ def test_infinity_is_a_text_in_json(archive: bytes, weights: Weights) -> None:
 
     module = module_of(changed(archive, scale_by_infinity), weights, INPUTS)
     assert any(-float("inf") in node.args for node in module.graph.nodes)
+
+
+def test_a_weights_name_is_no_way_to_anything(archive: bytes, weights: Weights) -> None:
+    """It is a key: as a path of attributes it could lead to what all modules share."""
+    named, path = "decoder.embeddings", "__class__.__base__.__base__._compiled_call_impl.x"
+
+    def rename(program: Program) -> None:
+        specs = program["graph_module"]["signature"]["input_specs"]
+        (spec,) = [one for one in specs if one.get("parameter", {}).get("parameter_name") == named]
+        spec["parameter"]["parameter_name"] = path
+
+    def by_name(name: str, dtype: torch.dtype) -> torch.Tensor:
+        return weights(named if name == path else name, dtype)
+
+    module = module_of(changed(archive, rename), by_name, INPUTS)
+    assert torch.nn.Module._compiled_call_impl is None
+    *inputs, _ = (torch.from_numpy(array) for array in laid_out(BATCH))
+    assert torch.equal(module(*inputs), module_of(archive, weights, INPUTS)(*inputs))

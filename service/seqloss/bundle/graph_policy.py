@@ -17,9 +17,11 @@ from typing import Any
 _NAME = re.compile(r"[A-Za-z0-9_]{0,256}")
 _EQUATION = re.compile(r"(\.{3})?[a-z]{1,8},(\.{3})?[a-z]{1,8}->(\.{3})?[a-z]{1,8}")  # of einsum
 _PLAIN_TEXT = re.compile(r"[A-Za-z0-9_.+\-]{0,256}")
-_PLACES_OF_PLAIN_TEXT = frozenset(
-    {"parameter_name", "buffer_name", "fqn", "torch_version", "as_float"}  # "-Infinity" is a float
-)
+_PLACES_OF_PLAIN_TEXT = frozenset({"torch_version", "as_float"})  # "-Infinity" is a float
+# Of weights and modules: attributes, none of which is one that Python gives to every object.
+_PATH = re.compile(r"((?!__)[A-Za-z0-9_]+(\.(?!__)[A-Za-z0-9_]+)*)?")
+_LONGEST_PATH = 256
+_PLACES_OF_PATHS = frozenset({"parameter_name", "buffer_name", "fqn"})
 
 # `sympify` drops line breaks before it parses. Without these, backslashes and comments, it reads
 # the same expression as `ast.parse`.
@@ -170,6 +172,8 @@ def _is_plain(place: str, text: str) -> bool:
     # Which operator it belongs to is seen to by `_argument_faults`.
     if place == "as_string" and _EQUATION.fullmatch(text):
         return True
+    if place in _PLACES_OF_PATHS:
+        return len(text) <= _LONGEST_PATH and _PATH.fullmatch(text) is not None
     return (_PLAIN_TEXT if place in _PLACES_OF_PLAIN_TEXT else _NAME).fullmatch(text) is not None
 
 

@@ -17,6 +17,8 @@ from seqloss.bundle.manifest import (
     SCHEMA_VERSION,
     Graph,
     Manifest,
+    SelfTest,
+    Vocabulary,
     sha256_of,
 )
 from seqloss.bundle.onnx_model import check_onnx
@@ -150,11 +152,32 @@ def _layout_faults(manifest: Manifest) -> list[str]:
         faults.append("every class is excluded")
     if vocabulary.target > vocabulary.classes:
         faults.append("the decoder knows ids that the output projection does not")
-    return faults + [
+    faults += [
         f"special_ids.{name} is not in the vocabulary"
         for name in ("decoder_start", "pad")
         if getattr(manifest.special_ids, name) >= vocabulary.target
     ]
+    return faults or _self_test_faults(manifest.self_test, vocabulary)
+
+
+def _self_test_faults(test: SelfTest, vocabulary: Vocabulary) -> list[str]:
+    """Its pairs go to the engine as they are, where a wrong id can take the process along."""
+    faults = []
+    lengths = [len(ids) for ids in test.target_ids]
+    if [len(nlls) for nlls in test.token_nlls] != lengths or len(test.source_index) != len(lengths):
+        faults.append("self_test has not one source and one nll per token for every target")
+    if not all(lengths) or not all(test.source_ids):
+        faults.append("self_test has sequences without tokens")
+    if max(test.source_index) >= len(test.source_ids):
+        faults.append("self_test.source_index names sources that do not exist")
+    if any(token >= vocabulary.source for ids in test.source_ids for token in ids):
+        faults.append("self_test.source_ids are not in the vocabulary")
+    excluded = vocabulary.excluded
+    if any(
+        token >= vocabulary.target or excluded[token] for ids in test.target_ids for token in ids
+    ):
+        faults.append("self_test.target_ids are not in the vocabulary, or of excluded classes")
+    return faults
 
 
 def _file_faults(folder: Path, manifest: Manifest) -> list[str]:

@@ -26,13 +26,13 @@ _ROW_BY_ROW = frozenset(
     {
         operator.getitem,
         _ATEN.embedding.default,
-        _ATEN.index_select.default,
         _ATEN.mul.Tensor,
         _ATEN.add.Tensor,
-        _ATEN.chunk.default,
         _ATEN.to.dtype,
     }
 )
+# And what does along one dimension.
+_ROW_BY_ROW_ALONG = {_ATEN.index_select.default: (1, 0), _ATEN.chunk.default: (2, 1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,9 @@ def bind(module: GraphModule, library: KernelLibrary | None) -> Bound:
 
 
 def _may_mix_rows(node: Node) -> bool:
+    if node.target in _ROW_BY_ROW_ALONG:
+        place, dimension = _ROW_BY_ROW_ALONG[node.target]
+        return node.args[place : place + 1] != (dimension,)
     return node.op == "call_function" and node.target not in _ROW_BY_ROW
 
 

@@ -91,8 +91,10 @@ class _Reading:
         for spec in specs:
             match spec:
                 case {"parameter": {"arg": {"name": name}, "parameter_name": path}}:
-                    self._tensors[path] = self._weight(path, self._sizes[name])
-                    self._note(name, self._graph.get_attr(path))
+                    # Not by its path: a stranger's could lead to what all modules share.
+                    own = f"weight_{len(self._tensors)}"
+                    self._tensors[own] = self._weight(path, self._sizes[name])
+                    self._note(name, self._graph.get_attr(own))
                 case {"user_input": {"arg": {"as_tensor": {"name": name}}}}:
                     self._note(name, self._graph.placeholder(name))
                     yield name
