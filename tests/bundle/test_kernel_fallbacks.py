@@ -207,14 +207,20 @@ def test_a_library_that_does_not_load_is_none(
     assert any(record.levelname == "WARNING" for record in caplog.records)
 
 
+@pytest.mark.parametrize("are_there", [True, False])
+@pytest.mark.parametrize("wait", [True, False])
 def test_kernels_that_fail_the_self_test_are_not_used(
+    wait: bool,
+    are_there: bool,
     bundle_of: Any,
     kernel_library: Any,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As on a machine whose compiler is broken in a way that shows in numbers alone."""
+    """As on a machine whose compiler is broken in a way that shows in numbers alone.
+
+    Nor where an earlier start has compiled them.
+    """
     require, is_built = loader.require_self_test, loader.is_built
 
     def fail_kernels(engine: Any, *others: Any) -> Any:
@@ -223,10 +229,11 @@ def test_kernels_that_fail_the_self_test_are_not_used(
         return require(engine, *others)
 
     monkeypatch.setattr(loader, "require_self_test", fail_kernels)
-    monkeypatch.setattr(loader, "is_built", lambda _: False)
     assert is_built(USER_CACHE)
-    engine = load(bundle_of("marian"), wait=False)
-    assert isinstance(engine, UpgradingEngine)
+    if not are_there:
+        monkeypatch.setattr(loader, "is_built", lambda _: False)
+    engine = load(bundle_of("marian"), wait=wait)
+    assert isinstance(engine, UpgradingEngine) == (not wait and not are_there)
     wait_for_upgrades()
     assert not engine.info.has_kernels
     assert len(losses(engine)) == 4
@@ -234,6 +241,8 @@ def test_kernels_that_fail_the_self_test_are_not_used(
     assert record.exc_info
     assert "off by 3 nats" in str(record.exc_info[1])
     assert "do not compute what they should" in record.getMessage()
+    with pytest.raises(SelfTestError):
+        load(bundle_of("marian"), required=True)
 
 
 @pytest.mark.parametrize("reason", ["no_compiler", "broken_compiler", "switched_off"])

@@ -13,7 +13,7 @@ from seqloss.bundle.reader import Bundle
 from seqloss.engines.base import Engine
 from seqloss.engines.self_test import require_self_test
 from seqloss.engines.upgrading import UpgradingEngine
-from seqloss.errors import ConfigurationError, KernelsUnavailableError
+from seqloss.errors import ConfigurationError, KernelsUnavailableError, SelfTestError
 from seqloss.kernels.build import AVX2, AVX512_BF16, built, instructions, is_built
 from seqloss.settings import USER_CACHE
 
@@ -77,7 +77,15 @@ def load_engine(
 
     def tested(kernels: KernelOptions) -> Engine:
         engine = open_engine(bundle, graph, device, threads, kernels)
-        require_self_test(engine, bundle.manifest, graph)
+        try:
+            require_self_test(engine, bundle.manifest, graph)
+        except SelfTestError:
+            has_kernels = engine.info.has_kernels
+            engine.close()
+            if kernels.required or not has_kernels:
+                raise
+            _LOG.exception("the kernels do not compute what they should, and are not used")
+            return tested(replace(kernels, cache=None))
         return engine
 
     were_there = kernels.cache is not None and is_built(kernels.cache)
@@ -90,7 +98,7 @@ def load_engine(
         raise _not_deterministic(bundle)
     info = engine.info
     may_have_them = (info.engine, info.device) == ("torch", "cpu") and info.precision in _KERNELS_OF
-    if were_there or kernels.wait or kernels.cache is None or not may_have_them:
+    if were_there or info.has_kernels or kernels.wait or kernels.cache is None or not may_have_them:
         return engine
     return UpgradingEngine(engine, lambda: tested(replace(kernels, wait=True, required=True)))
 

@@ -12,7 +12,8 @@ from seqloss.records import Batch, TokenTerms
 
 _LOG = logging.getLogger(__name__)
 
-# To compile, to load and to test take less, and whoever ends the process waits for no longer.
+# To compile, to load and to test take less where the machine has time for it.  Whoever ends the
+# process waits for no longer; a compiler that runs then ends by itself.
 _LAST_SECONDS = 30
 
 
