@@ -177,6 +177,14 @@ def test_kernels_compile_to_tensor_cores(tmp_path: Path) -> None:
     assert len(made) == 14
 
 
+def test_nothing_is_compiled_for_a_batch_and_nothing_is_read_that_is_not_there(
+    tmp_path: Path,
+) -> None:
+    found = json.loads(run("examine.py", tmp_path))
+    assert found["variants"] == 1
+    assert "do not belong together" in found["refusal"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [name for name, one in CASES.items() if one.all_terms])
 def test_a_gpu_gives_the_same_terms(name: str) -> None:

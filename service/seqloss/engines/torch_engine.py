@@ -70,6 +70,7 @@ class TorchEngine:
         Raises:
             BundleError: the graph and the weights do not belong together.
             ConfigurationError: there is no such device.
+            EngineDeadError: the device failed.
         """
         self._device = device_named(device)
         self._staging = CudaStaging(self._device) if self._device.type == "cuda" else None
@@ -230,19 +231,27 @@ def _load(
         head = _head(projection, dtype, device, library)
         bound = _lay_out(body, graph, library) if device.type == "cpu" else Bound(0, 0, 0)
         if device.type == "cuda" and graph.layout == "packed":
-            major, _ = torch.cuda.get_device_capability(device)
-            bind_for_cuda(body, with_flash=major >= _AMPERE)
+            bind_for_cuda(body, with_flash=_has_flash(device))
         has_head = isinstance(head, CompiledHead)
         return _Loaded(
             body, head, has_head or bound.num_compiled > 0, has_head and bound.is_all_compiled
         )
     except (BundleError, torch.OutOfMemoryError):
         raise
+    except torch.AcceleratorError as error:
+        raise EngineDeadError(
+            f"the device failed while {bundle.folder} was loaded: {error}"
+        ) from error
     # A program that is malformed in a harmless way fails with whatever Torch stumbles over.
     except Exception as error:
         raise BundleError(
             f"{bundle.folder} has a graph or weights that do not load: {error}"
         ) from error
+
+
+def _has_flash(device: torch.device) -> bool:
+    major, _ = torch.cuda.get_device_capability(device)
+    return major >= _AMPERE and torch.backends.cuda.is_flash_attention_available()
 
 
 def _lay_out(body: GraphModule, graph: Graph, library: KernelLibrary | None) -> Bound:

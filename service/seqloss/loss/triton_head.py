@@ -22,8 +22,8 @@ _CLASSES_OF_A_PROGRAM = 2048
 class _Tiles(NamedTuple):
     """How `fold_classes` cuts a product; see there.
 
-    They do not depend on how many tokens there are: a token's terms are the same bits whoever
-    shares its batch.
+    They do not depend on how many tokens there are, and so neither does the order of the sums over
+    classes.
     """
 
     tokens: int
@@ -34,7 +34,7 @@ class _Tiles(NamedTuple):
 
 
 # Takes 144 KiB of shared memory, which Hopper and the large Blackwells have, and registers as they
-# have them for products; the other 16 bits take 48 KiB.
+# have them for products; the other 16 bits take 32 KiB.
 _WIDE_16_BITS = _Tiles(tokens=128, classes=256, inner=64, warps=8, stages=3)
 _16_BITS = _Tiles(tokens=128, classes=128, inner=32, warps=8, stages=3)
 _FLOAT32 = _Tiles(tokens=64, classes=64, inner=32, warps=4, stages=2)
@@ -58,7 +58,8 @@ class TritonHead:
             dtype: of the products: float32, or 16 bits.
         """
         classes, width = projection.weight.shape
-        if projection.bias.shape != (classes,) or projection.mean_weight.shape != (width,):
+        expected = ((classes,), (width,), ())
+        if tuple(tuple(one.shape) for one in projection[1:4]) != expected:
             raise BundleError("the output projection has sizes that do not belong together")
         self._projection = projection
         self._weight = projection.weight.to(dtype).contiguous()

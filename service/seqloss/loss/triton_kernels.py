@@ -15,8 +15,9 @@ import triton.language as tl
 _ABSENT = tl.constexpr(-1e30)
 
 
-# Else Triton compiles variants for counts of 1 and of multiples of 16, in the middle of serving.
-@triton.jit(do_not_specialize=["num_tokens"])
+# Else Triton compiles variants for counts of 1 and of multiples of 16, and for labels that begin
+# elsewhere within what was copied to the device, in the middle of serving.
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["labels"])
 def fold_classes(
     states,
     weight,

@@ -68,7 +68,11 @@ def _compile(
     architecture: int,
     options: dict[str, int],
 ) -> dict[str, Any]:
-    pointers = [place for place, kind in enumerate(types.values()) if kind.startswith("*")]
+    pointers = [
+        place
+        for place, (name, kind) in enumerate(types.items())
+        if kind.startswith("*") and name != "labels"  # which begin anywhere
+    ]
     source = ASTSource(
         kernel,
         types | dict.fromkeys(constants, "constexpr"),
