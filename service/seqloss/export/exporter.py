@@ -177,9 +177,9 @@ def _write_graphs(
         as_computed = lowered(body, dtype, widen=checkpoint.family.widens)
         if engine == "onnx":
             if dtype not in onnx_models:
-                with as_computed:  # no more than one is kept: it holds weights
-                    model = loss_graph(body, projection, dtype, graph.source_multiple)
-                onnx_models = {dtype: model}
+                onnx_models.clear()  # no more than one is kept: it holds weights
+                with as_computed:
+                    onnx_models[dtype] = loss_graph(body, projection, dtype, graph.source_multiple)
             written = write_onnx(place, onnx_models[dtype], precision)
             graphs.append(graph.model_copy(update=asdict(written)))
             continue
