@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fake_texts import fake_text_bundle
-from fakes import fake_bundle
+from fakes import fake_bundle, fake_manifest
+from seqloss.checking.check import check
 from seqloss.distributed.json_lines import table_of
 from seqloss.distributed.tables import PairColumns, request_of, scores_of
 from seqloss.errors import ConfigurationError, Fault
-from seqloss.records import Ragged, Scores
+from seqloss.records import LengthLimits, Ragged, Scores
 from seqloss.scorer import ScoredRequest, Times, Usage
 from seqloss.tokenization.encoder import TextEncoder
 
@@ -148,6 +150,48 @@ def test_a_text_that_cannot_be_encoded_is_an_error_of_its_row(tmp_path: Path) ->
     assert errors[1].startswith("too_long: ")
 
 
+def test_a_text_that_is_not_utf_8_is_an_error_of_its_row(tmp_path: Path) -> None:
+    encoder = TextEncoder.of(fake_text_bundle(tmp_path, ends=False))
+    sources = pa.array([b"w1", b"w2 \xff", b"w3"]).cast(pa.string(), safe=False)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"source": sources, "target": ["w4", "w5", "w6"]}), path)
+    request, errors = request_of(pq.read_table(path), TEXTS, encoder)
+    assert rows_of(request.source_ids) == [[1], [], [3]]
+    assert list(errors) == [1]
+    assert errors[1].startswith("malformed_text: column 'source' is not UTF-8: ")
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_what_is_said_of_a_text_has_no_number_that_is_not_its_own(
+    side: str, tmp_path: Path
+) -> None:
+    encoder = TextEncoder.of(fake_text_bundle(tmp_path, ends=False))
+    texts = {"source": ["w1", "w2"], "target": ["w3", "w4"]}
+    texts[side][1] = "w1 " * 2_000_000
+    _, errors = request_of(pa.table(texts), TEXTS, encoder)
+    assert errors[1].startswith(f"too_long: the {side} has 6000000 characters")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"is_text": True, "prefix_length": 1}, "a prefix is of ids"),
+        ({"source_language": "de"}, "languages are of texts"),
+        ({"target_language": "de"}, "languages are of texts"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        PairColumns(**columns)
+
+
+def test_a_column_that_is_there_twice_is_refused() -> None:
+    kind = pa.list_(pa.int64())
+    schema = pa.schema([("source_ids", kind), ("source_ids", kind), ("target_ids", kind)])
+    with pytest.raises(ConfigurationError, match="there are several columns 'source_ids'"):
+        IDS.require_in(schema)
+
+
 def test_a_language_that_the_model_has_not_ends_the_run(tmp_path: Path) -> None:
     encoder = TextEncoder.of(fake_text_bundle(tmp_path))
     columns = PairColumns("source", "target", is_text=True, target_language="tlh")
@@ -205,9 +249,44 @@ def test_scores_are_columns_and_errors_leave_them_null() -> None:
             None,
             "null: column 'source_ids' is null",
             None,
-            "empty_source: source 3 has no token",
+            "empty_source: the source of row 3 has no token",
         ],
     }
+
+
+@pytest.mark.parametrize(
+    ("detail", "said"),
+    [
+        ("source 0 has no token that is attended to", "the source of row 700 has no token that"),
+        (
+            "target 0 has the id 99 at position 10, the",
+            "the target of row 700 has the id 99 at position",
+        ),
+        ("pair 0 alone does not fit the device", "the pair of row 700 alone does not fit"),
+        (
+            "the model gave NaN or infinity for pair 0",
+            "the model gave NaN or infinity for the pair of",
+        ),
+    ],
+)
+def test_an_error_names_the_row_of_the_file(detail: str, said: str) -> None:
+    faults = scored([1.0], [[1.0]], Fault("some_code", detail, 0))
+    (error,) = scores_of(faults, {}, with_tokens=False, first_row=700)["error"].to_pylist()
+    assert error.startswith(f"some_code: {said}")
+
+
+def test_errors_of_a_real_check_name_rows_and_advise_nothing_that_is_not_to_be_had() -> None:
+    ids = Ragged.from_rows([[1], [1] * 99, [1]], np.int64)
+    targets = Ragged.from_rows([[1], [1], [77]], np.int64)
+    table = pairs(*(pa.array(rows_of(each)) for each in (ids, targets)))
+    request, _ = request_of(table, IDS, NO_ENCODER)
+    faults = check(request, fake_manifest(), LengthLimits(12, 12)).faults
+    columns = scores_of(scored([1.0] * 3, [[1.0]] * 3, *faults), {}, with_tokens=False, first_row=7)
+    assert [error and error.partition(": ")[2] for error in columns["error"].to_pylist()] == [
+        None,
+        "the source of row 8 has 99 tokens, and at most 12 are taken; shorten it",
+        "the target of row 9 has the id 77 at position 0, the vocabulary has 50",
+    ]
 
 
 def test_lines_of_json_are_rows() -> None:
@@ -233,7 +312,7 @@ def test_columns_of_pairs_can_be_kept_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "malformed_line: "),
+        (b"{", "malformed_line: unexpected end of data, at character 1"),
         (b"", "malformed_line: "),
         (b"[1]", "malformed_line: it is no JSON object"),
         (b'{"target_ids": [1]}', "wrong_type: 'source_ids' is missing or null"),

@@ -39,7 +39,7 @@ def _object(line: bytes, row: int, errors: Errors) -> dict[str, Any]:
     try:
         read = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        errors[row] = f"malformed_line: {error}"
+        errors[row] = f"malformed_line: {error.msg}, at character {error.pos}"
         return {}
     if not isinstance(read, dict):
         errors[row] = "malformed_line: it is no JSON object"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from seqloss.errors import ConfigurationError, InvalidRequestError, RequestError
+from seqloss.errors import ConfigurationError, Fault, InvalidRequestError, RequestError
 from seqloss.records import Ragged, RequestArrays, offsets_of
 from seqloss.scorer import ScoredRequest
 from seqloss.tokenization.encoder import EncodedPairs, TextEncoder, TextPairs
@@ -24,6 +26,11 @@ SCORE_COLUMNS = (
 )
 
 _GREATEST_ID = 2**63 - 1
+# What a request may ask for, and nobody here.
+_ASKS_FOR_MORE = ', or ask for "truncation": true'
+
+# What a text is called that was encoded by itself.
+_ALONE = re.compile(r"text 0 of (source|target)s|\b(source|target)s 0 to 0")
 
 # What is wrong with a row, by the number of the row.
 Errors = dict[int, str]
@@ -48,6 +55,23 @@ class PairColumns:
     target_language: str | None = None
     prefix_length: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuses what would silently be of no effect.
+
+        Raises:
+            ConfigurationError: there is such.
+        """
+        if self.is_text and self.prefix_length:
+            raise ConfigurationError(
+                "a prefix is of ids; of texts the tokenizer says how long it is: leave it out"
+            )
+        if not self.is_text and (self.source_language or self.target_language):
+            raise ConfigurationError("languages are of texts, and these are ids; leave them out")
+
+    def names(self, kept: Sequence[str] = ()) -> tuple[str, ...]:
+        """All columns that are read, those to be kept among them."""
+        return tuple(dict.fromkeys((self.source, self.target, *kept)))
+
     def require_in(self, schema: pa.Schema) -> None:
         """Refuses what cannot be read, before anything is scored.
 
@@ -55,9 +79,10 @@ class PairColumns:
             ConfigurationError: a column is not there, or not of the type that it should be.
         """
         for name in (self.source, self.target):
-            if name not in schema.names:
+            if schema.names.count(name) != 1:
+                several = "are several columns" if name in schema.names else "is no column"
                 raise ConfigurationError(
-                    f"there is no column {name!r}; these are: {', '.join(schema.names)}"
+                    f"there {several} {name!r}; these are: {', '.join(schema.names)}"
                 )
             found = schema.field(name).type
             if not (_is_text(found) if self.is_text else _is_ids(found)):
@@ -151,18 +176,14 @@ def _ragged(column: pa.ChunkedArray, name: str, errors: Errors) -> Ragged:
 def _encoded(
     table: pa.Table, columns: PairColumns, encoder: TextEncoder, errors: Errors
 ) -> EncodedPairs:
-    texts: list[list[str]] = []
-    for name in (columns.source, columns.target):
-        column = _one_array(table.column(name))
-        for row in np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)):
-            errors.setdefault(int(row), f"null: column {name!r} is null")
-        texts.append(pc.fill_null(column, "").to_pylist())
+    sources, targets = (
+        _texts(table.column(name), name, errors) for name in (columns.source, columns.target)
+    )
 
     def encoded(sources: list[str], targets: list[str]) -> EncodedPairs:
         return encoder.encode(columns.texts(sources, targets), with_tokens=False)
 
     columns.require_by(encoder)
-    sources, targets = texts
     try:
         return encoded(sources, targets)
     except RequestError:  # of some text, and it does not say of which
@@ -172,18 +193,41 @@ def _encoded(
             encoded([source], [target])
         except RequestError as error:
             code = error.faults[0].code if error.faults else "not_encoded"
-            errors.setdefault(place, f"{code}: {error.detail}")
+            errors.setdefault(place, f"{code}: {_ALONE.sub(_its_side, error.detail)}")
             sources[place] = targets[place] = ""
     return encoded(sources, targets)
 
 
-def scores_of(scored: ScoredRequest, errors: Errors, *, with_tokens: bool) -> dict[str, pa.Array]:
+def _its_side(found: re.Match[str]) -> str:
+    return f"the {found[1] or found[2]}"
+
+
+def _texts(column: pa.ChunkedArray, name: str, errors: Errors) -> list[str]:
+    """Empty where there is none."""
+    texts: list[str] = []
+    for row, content in enumerate(_one_array(column.cast(pa.large_binary())).to_pylist()):
+        text = ""
+        if content is None:
+            errors.setdefault(row, f"null: column {name!r} is null")
+        else:
+            try:
+                text = content.decode()
+            except UnicodeDecodeError as error:
+                errors.setdefault(row, f"malformed_text: column {name!r} is not UTF-8: {error}")
+        texts.append(text)
+    return texts
+
+
+def scores_of(
+    scored: ScoredRequest, errors: Errors, *, with_tokens: bool, first_row: int = 0
+) -> dict[str, pa.Array]:
     """Columns of scores, one entry per row of the table; null where a row has an error.
 
     Args:
         scored: of the request that `request_of` made.
         errors: of the rows that held no pair.
         with_tokens: whether there is a column of each token's nll.
+        first_row: the number of the table's first row, where the table is a part of a file.
 
     Returns:
         `loss` and `nll` (float64, sums in nats), `mean_loss` and `perplexity` (float64),
@@ -191,7 +235,7 @@ def scores_of(scored: ScoredRequest, errors: Errors, *, with_tokens: bool) -> di
         count), and `error` (text: a code, a colon and what is wrong; null where nothing is).
     """
     scores = scored.scores
-    said = {int(fault.index or 0): f"{fault.code}: {fault.detail}" for fault in scored.faults}
+    said = {int(fault.index or 0): _of_row(fault, first_row) for fault in scored.faults}
     said |= errors
     has_error = np.zeros(len(scores.nlls), np.bool_)
     has_error[list(said)] = True
@@ -217,6 +261,15 @@ def scores_of(scored: ScoredRequest, errors: Errors, *, with_tokens: bool) -> di
         )
     columns["error"] = pa.array(messages, pa.string())
     return columns
+
+
+def _of_row(fault: Fault, first_row: int) -> str:
+    """What is said of a request's pair, of a row: its number is another one, and it is not cut."""
+    index = int(fault.index or 0)
+    named = re.sub(
+        rf"\b(source|target|pair) {index}\b", rf"the \1 of row {first_row + index}", fault.detail
+    )
+    return f"{fault.code}: {named.removesuffix(_ASKS_FOR_MORE)}"
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
