@@ -200,14 +200,15 @@ def _add_ray_score(ray_score: argparse.ArgumentParser) -> None:
     ray_score.add_argument(
         "--text", action="store_true", help="the columns hold texts, for the bundle's tokenizers"
     )
-    ray_score.add_argument("--source-language", metavar="NAME", help="of texts")
-    ray_score.add_argument("--target-language", metavar="NAME", help="of texts")
+    ray_score.add_argument("--source-language", metavar="NAME", help="of texts; with --text")
+    ray_score.add_argument("--target-language", metavar="NAME", help="of texts; with --text")
     ray_score.add_argument(
         "--prefix-length",
         type=_not_negative,
         default=0,
         metavar="N",
-        help="ids at the beginning of each target that are fed and do not count (default: 0)",
+        help="ids at the beginning of each target that are fed and do not count; not with --text "
+        "(default: 0)",
     )
     ray_score.add_argument(
         "--keep", nargs="+", default=[], metavar="COLUMN", help="copy these into the output"
@@ -226,7 +227,8 @@ def _add_ray_score(ray_score: argparse.ArgumentParser) -> None:
         "--cpus-per-worker",
         type=_positive,
         metavar="N",
-        help="its threads (default: one beside a GPU, else all of the smallest machine)",
+        help="its threads (default: one beside a GPU, else all of the smallest machine, or as many "
+        "as leave all workers a place)",
     )
     ray_score.add_argument(
         "--address", help="of a Ray cluster (default: $RAY_ADDRESS, else this machine alone)"
@@ -380,7 +382,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _ray_score(options: argparse.Namespace) -> int:
     with _needs_extra("ray"):
-        from seqloss.distributed.ray_data import Pool
+        from seqloss.distributed.pool import Pool
         from seqloss.distributed.ray_score import score_and_show
         from seqloss.distributed.tables import PairColumns
         from seqloss.distributed.workers import Work

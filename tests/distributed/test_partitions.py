@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import orjson
@@ -9,17 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from seqloss.distributed.json_lines import table_of
-from seqloss.distributed.partitions import (
-    ParquetReader,
-    Partition,
-    Plan,
-    cut,
-    input_files,
-    read_lines,
-    survey,
-    write_rows,
-)
+from seqloss.distributed import storage
+from seqloss.distributed.partitions import InputFile, Partition, cut, input_files, survey
+from seqloss.distributed.reading import PartitionReader
 from seqloss.distributed.storage import Location
 from seqloss.distributed.tables import PairColumns
 from seqloss.errors import ConfigurationError
@@ -31,6 +24,15 @@ def rows(first: int, end: int) -> pa.Table:
     numbers = range(first, end)
     columns = {"source_ids": [[n] for n in numbers], "target_ids": [[n, 1] for n in numbers]}
     return pa.table(columns, pa.schema({name: pa.list_(pa.int64()) for name in columns}))
+
+
+def surveyed(folder: Path) -> tuple[InputFile, ...]:
+    location = Location.of(str(folder))
+    return survey(location, input_files(location), COLUMNS)
+
+
+def reader_of(folder: Path) -> PartitionReader:
+    return PartitionReader(Location.of(str(folder)).filesystem, PairColumns(), ())
 
 
 def write_lines(path: Path, first: int, end: int, *, ends_line: bool = True) -> None:
@@ -46,10 +48,9 @@ def test_partitions_of_parquet_are_all_rows_once(
     pq.write_table(rows(0, 10), tmp_path / "a.parquet", row_group_size=group)
     pq.write_table(rows(10, 10), tmp_path / "b.parquet")
     pq.write_table(rows(10, 27), tmp_path / "c.parquet", row_group_size=group)
-    location = Location.of(str(tmp_path))
-    partitions = cut(survey(location, input_files(location)), rows_each)
-    reader = ParquetReader(location.filesystem, COLUMNS)
-    read = [reader.read(one) for one in partitions]
+    partitions = cut(surveyed(tmp_path), rows_each)
+    reader = reader_of(tmp_path)
+    read = [reader.read(one)[0] for one in partitions]
     assert [len(table) for table in read] == [one.num_rows for one in partitions]
     assert max(map(len, read)) <= rows_each
     assert pa.concat_tables(read).equals(rows(0, 27))
@@ -64,13 +65,37 @@ def test_partitions_of_lines_are_all_lines_once(
     write_lines(tmp_path / "a.jsonl", 0, 10, ends_line=ends_line)
     (tmp_path / "b.ndjson").write_bytes(b"")
     write_lines(tmp_path / "c.jsonl", 10, 27, ends_line=ends_line)
-    location = Location.of(str(tmp_path))
-    partitions = cut(survey(location, input_files(location)), rows_each)
-    lines = [read_lines(location.filesystem, one) for one in partitions]
-    assert [len(part) for part in lines] == [one.num_rows for one in partitions]
-    table, errors = table_of([line for part in lines for line in part], PairColumns(), [])
-    assert table.to_pylist() == rows(0, 27).to_pylist()
-    assert errors == {}
+    partitions = cut(surveyed(tmp_path), rows_each)
+    reader = reader_of(tmp_path)
+    read = [reader.read(one) for one in partitions]
+    assert [len(table) for table, _ in read] == [one.num_rows for one in partitions]
+    assert pa.concat_tables(table for table, _ in read).to_pylist() == rows(0, 27).to_pylist()
+    assert not any(errors for _, errors in read)
+
+
+def test_partitions_of_lines_are_bounded_in_bytes(tmp_path: Path) -> None:
+    """But for a line that is longer than that by itself."""
+    lengths = [10, 10, 10, 50, 10, 20, 10]
+    lines = [b"x" * (length - 1) + b"\n" for length in lengths]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    partitions = cut(surveyed(tmp_path), 100, 30)
+    assert [one.num_bytes for one in partitions] == [30, 50, 30, 10]
+    assert [one.first_row for one in partitions] == [0, 3, 4, 6]
+
+
+def test_partitions_of_parquet_are_bounded_in_bytes(tmp_path: Path) -> None:
+    """By what its row groups have on average, of the columns that are read."""
+    short, long = (
+        rows(0, 400),
+        pa.table({name: [list(range(row, row + 50)) for row in range(400)] for name in COLUMNS}),
+    )
+    table = pa.concat_tables([short, long]).append_column("text", [["x" * 10_000] * 800])
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, row_group_size=400, use_dictionary=False)
+    partitions = cut(surveyed(tmp_path), 400, 40_000)
+    assert partitions[0].num_rows == 400
+    assert [one.num_rows for one in partitions[1:-1]] == [pytest.approx(49, abs=2)] * 8
+    assert sum(one.num_rows for one in partitions) == 800
 
 
 def test_files_that_are_no_data_are_left_out(tmp_path: Path) -> None:
@@ -107,17 +132,35 @@ def test_what_is_not_there_is_refused(text: str, message: str) -> None:
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
-    location = Location.of(str(tmp_path))
     with pytest.raises(ConfigurationError, match=r"a\.parquet: .*Parquet"):
-        survey(location, input_files(location))
+        surveyed(tmp_path)
 
 
 def test_files_with_other_columns_are_refused(tmp_path: Path) -> None:
     pq.write_table(rows(0, 2), tmp_path / "a.parquet")
     pq.write_table(rows(0, 2).rename_columns(["a", "b"]), tmp_path / "b.parquet")
-    location = Location.of(str(tmp_path))
     with pytest.raises(ConfigurationError, match=r"b\.parquet has other columns than .*a\.parquet"):
-        survey(location, input_files(location))
+        surveyed(tmp_path)
+
+
+def test_columns_that_nobody_reads_may_differ(tmp_path: Path) -> None:
+    pq.write_table(rows(0, 2).append_column("id", [[1, 2]]), tmp_path / "a.parquet")
+    pq.write_table(rows(0, 2).append_column("id", [["x", "y"]]), tmp_path / "b.parquet")
+    assert [file.num_rows for file in surveyed(tmp_path)] == [2, 2]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_is_no_file_is_not_left_out(kind: str, tmp_path: Path) -> None:
+    pq.write_table(rows(0, 2), tmp_path / "a.parquet")
+    path = tmp_path / "b.parquet"
+    path.symlink_to("nowhere.parquet") if kind == "link" else os.mkfifo(path)
+    with pytest.raises(
+        ConfigurationError, match=r"b\.parquet is no file: a link that leads nowhere"
+    ):
+        input_files(Location.of(str(tmp_path)))
+    path.unlink()
+    path.symlink_to("a.parquet")
+    assert len(input_files(Location.of(str(tmp_path)))) == 2
 
 
 def test_a_uri_names_a_folder_as_a_path_does(tmp_path: Path) -> None:
@@ -125,15 +168,106 @@ def test_a_uri_names_a_folder_as_a_path_does(tmp_path: Path) -> None:
     assert input_files(Location.of(tmp_path.as_uri())) == input_files(Location.of(str(tmp_path)))
 
 
-def test_a_plan_is_read_as_it_was_written() -> None:
-    partitions = (Partition(0, "a.parquet", 0, 7), Partition(1, "b.jsonl", 7, 2, 100, 20))
-    plan = Plan((("a.parquet", 123, 7, 5),), {"bundle": "0" * 64}, 7, partitions)
-    assert Plan.from_json(plan.as_json()) == plan
+def first_partition(folder: Path) -> tuple[Path, Partition]:
+    path = folder / "a.parquet"
+    pq.write_table(rows(0, 10), path)
+    return path, cut(surveyed(folder), 100)[0]
 
 
-def test_scores_are_there_whole_and_nothing_else_is(tmp_path: Path) -> None:
-    partition = Partition(3, "a.parquet", 0, 5)
-    for _ in range(2):
-        write_rows(Location.of(str(tmp_path)), partition, rows(0, 5))
-    assert [path.name for path in tmp_path.iterdir()] == ["part-000003.parquet"]
-    assert pq.read_table(tmp_path / "part-000003.parquet").equals(rows(0, 5))
+def change(path: Path) -> None:
+    """To a file that is longer, and a moment older."""
+    pq.write_table(rows(0, 20), path)
+
+
+def test_a_file_that_was_changed_since_it_was_cut_is_not_read(tmp_path: Path) -> None:
+    path, partition = first_partition(tmp_path)
+    change(path)
+    with pytest.raises(
+        ConfigurationError, match=r"a\.parquet is not what it was when the run began"
+    ):
+        reader_of(tmp_path).read(partition)
+
+
+def test_a_file_that_was_written_anew_is_another_one(tmp_path: Path) -> None:
+    path, partition = first_partition(tmp_path)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ConfigurationError, match="or was written anew"):
+        reader_of(tmp_path).read(partition)
+
+
+def test_a_file_that_is_changed_while_it_is_read_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, partition = first_partition(tmp_path)
+    reader = reader_of(tmp_path)
+
+    def changing(_: Partition) -> tuple[pa.Table, dict[int, str]]:
+        change(path)
+        return rows(0, 10), {}
+
+    monkeypatch.setattr(reader, "_read", changing)
+    with pytest.raises(ConfigurationError, match="is not what it was"):
+        reader.read(partition)
+
+
+def test_a_file_that_is_changed_while_it_is_surveyed_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = first_partition(tmp_path)
+    opened = pq.ParquetFile(path)
+
+    def changing(*_: object, **__: object) -> pq.ParquetFile:
+        change(path)
+        return opened
+
+    monkeypatch.setattr(pq, "ParquetFile", changing)
+    with pytest.raises(ConfigurationError, match="is not what it was"):
+        surveyed(tmp_path)
+
+
+@pytest.mark.parametrize("there", [9, 11])
+def test_other_numbers_of_rows_are_refused(
+    there: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever way they came about."""
+    _, partition = first_partition(tmp_path)
+    reader = reader_of(tmp_path)
+    monkeypatch.setattr(reader, "_read", lambda _: (rows(0, there), {}))
+    with pytest.raises(ConfigurationError, match=f"rows 0 to 9: {there} rows are there"):
+        reader.read(partition)
+
+
+def test_a_broken_page_is_named_with_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_PAUSES_SECONDS", (0.0,))
+    path = tmp_path / "a.parquet"
+    pq.write_table(rows(0, 1000), path, row_group_size=500)
+    content = bytearray(path.read_bytes())
+    second = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    start = second.dictionary_page_offset
+    content[start : start + 50] = b"\xff" * 50
+    path.write_bytes(content)
+    reader = reader_of(tmp_path)
+    first, second = cut(surveyed(tmp_path), 500)
+    assert len(reader.read(first)[0]) == 500
+    message = r"a\.parquet, rows 500 to 999: they cannot be read, since the file is broken"
+    with pytest.raises(ConfigurationError, match=message):
+        reader.read(second)
+
+
+def test_a_store_that_fails_for_a_moment_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_PAUSES_SECONDS", (0.0, 0.0))
+    _, partition = first_partition(tmp_path)
+    failures = [OSError("the store is busy"), OSError("it still is")]
+    read = pq.ParquetFile.read_row_group
+
+    def failing(*arguments: object, **options: object) -> pa.Table:
+        if failures:
+            raise failures.pop()
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", failing)
+    assert reader_of(tmp_path).read(partition)[0].equals(rows(0, 10))

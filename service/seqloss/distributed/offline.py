@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from seqloss.bundle.manifest import EngineName, Precision
 from seqloss.bundle.reader import Bundle, open_bundle
 from seqloss.engines.base import Engine
 from seqloss.engines.loader import KernelOptions, load_engine
+from seqloss.errors import ConfigurationError
 from seqloss.metrics import Metrics
 from seqloss.records import RequestArrays
 from seqloss.runtime import LossRuntime
@@ -42,18 +44,24 @@ def _load_with_kernels(
 class OfflineModel:
     """The same queue, batches and engine that a service has, and so the same numbers."""
 
-    def __init__(self, bundle: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, bundle: Path, settings: dict[str, Any], digest: str | None = None) -> None:
         """Loads it, and waits until it is ready.
 
         Args:
             bundle: its folder.
             settings: by their names.
+            digest: that it must have; None for any.
 
         Raises:
             BundleError, ConfigurationError, EngineDeadError: it cannot be served.
         """
         process.prepare()
         opened = open_bundle(bundle)
+        if digest not in (None, opened.digest):
+            raise ConfigurationError(
+                f"{bundle} on {platform.node()} is the bundle {opened.digest}, and the run began "
+                f"with {digest}; put the same on every machine, and run the same command again"
+            )
         unlimited = {"max_queue_tokens": _NO_LIMIT, "max_pairs_per_request": _NO_LIMIT}
         self._runner = asyncio.Runner()
         self._device = ThreadPoolExecutor(1, "seqloss-device")

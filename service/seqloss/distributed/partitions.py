@@ -1,31 +1,61 @@
-"""A dataset in pieces: each is read, scored and written by one worker, whole or not at all.
-
-Pieces are cut once and noted in the output, so that a run that is started again, with more workers
-or fewer, goes on with those that are not there yet.
-"""
+"""A dataset in pieces: each is read, scored and written by one worker, whole or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from seqloss.distributed.storage import Location
+from seqloss.distributed.storage import Location, patiently
 from seqloss.errors import ConfigurationError
 from seqloss.records import Int64Array
 
 _SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _NEWLINE = ord("\n")
 _READ_BYTES = 8 * 1024**2
+# What is read of a partition takes some times as much memory, and a worker reads one at a time.
+_MOST_BYTES = 64 * 1024**2
 
-PLAN_NAME = "_plan.json"
-SUMMARY_NAME = "_summary.json"
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """A file of a dataset as it was when the dataset was cut.
+
+    Attributes:
+        path: as its filesystem knows it.
+        num_bytes: its size.
+        changed: when, in nanoseconds since 1970; 0 where nobody knows.
+    """
+
+    path: str
+    num_bytes: int
+    changed: int
+
+    def require_unchanged(self, filesystem: fs.FileSystem) -> None:
+        """Refuses rows of another file under the same name.
+
+        Raises:
+            ConfigurationError: it was changed, or removed.
+        """
+        (now,) = states_of(filesystem, [self.path])
+        if now != self:
+            raise ConfigurationError(
+                f"{self.path} is not what it was when the run began: it had {self.num_bytes:,} "
+                f"bytes and has {now.num_bytes:,}, or was written anew; score the dataset as it is "
+                "now into another output"
+            )
+
+
+def states_of(filesystem: fs.FileSystem, paths: Sequence[str]) -> tuple[FileState, ...]:
+    """How files are now."""
+    # A listing may know times to fractions of a second that these do not have.
+    infos = patiently(lambda: filesystem.get_file_info(list(paths)))
+    return tuple(FileState(one.path, one.size or 0, one.mtime_ns or 0) for one in infos)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,58 +64,58 @@ class Partition:
 
     Attributes:
         index: among all.
-        file: its path, as the filesystem of the input knows it.
+        file: where they are.
         first_row: within the file.
         num_rows: how many.
         first_byte, num_bytes: where they stand, of lines of JSON; 0 of Parquet.
     """
 
     index: int
-    file: str
+    file: FileState
     first_row: int
     num_rows: int
     first_byte: int = 0
     num_bytes: int = 0
 
-    @property
-    def output_name(self) -> str:
-        """Of the file of scores."""
-        return f"part-{self.index:06d}.parquet"
+    @classmethod
+    def of(cls, read: Mapping[str, Any]) -> Partition:
+        """One that was JSON."""
+        return cls(**{**read, "file": FileState(**read["file"])})
+
+    def __str__(self) -> str:
+        return f"{self.file.path}, rows {self.first_row} to {self.first_row + self.num_rows - 1}"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How a dataset was cut, and what its scores depend on.
+class InputFile:
+    """A file of a dataset.
 
     Attributes:
-        files: path, bytes, rows and time of change (nanoseconds since 1970) of each.
-        made_with: everything else; what is not the same makes other scores.
-        rows_each: of a partition, at most.
-        partitions: of all files, in their order.
+        state: which, and how it was.
+        num_rows: how many there are.
+        line_starts: where lines of JSON begin, and where the last one ends; None of Parquet. Shape:
+            (num_rows + 1,), int64.
+        schema: of Parquet.
+        groups: of Parquet, the rows and the bytes before each row group, and of all. Shape:
+            (2, groups + 1), int64.
     """
 
-    files: tuple[tuple[str, int, int, int], ...]
-    made_with: dict[str, Any]
-    rows_each: int
-    partitions: tuple[Partition, ...]
+    state: FileState
+    num_rows: int
+    line_starts: Int64Array | None = None
+    schema: pa.Schema | None = None
+    groups: Int64Array | None = None
 
-    def as_json(self) -> bytes:
-        """To be read by `from_json`."""
-        return orjson.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, content: bytes) -> Plan:
-        """What `as_json` wrote."""
-        read = orjson.loads(content)
-        return cls(
-            tuple(tuple(file) for file in read["files"]),
-            read["made_with"],
-            read["rows_each"],
-            tuple(Partition(**partition) for partition in read["partitions"]),
-        )
-
-
-# ---------------------------------------------------------------- cutting
+    def end(self, first: int, most_rows: int, most_bytes: int) -> int:
+        """Behind the last row of a partition that begins with a row; it has one at least."""
+        fitting: float = self.num_rows
+        if self.line_starts is not None:
+            behind = self.line_starts[first] + most_bytes
+            fitting = np.searchsorted(self.line_starts, behind, side="right") - 1
+        elif self.groups is not None:
+            rows, size = self.groups
+            fitting = np.interp(np.interp(first, rows, size) + most_bytes, size, rows)
+        return max(first + 1, min(first + most_rows, self.num_rows, int(fitting)))
 
 
 def input_files(location: Location) -> list[str]:
@@ -97,11 +127,18 @@ def input_files(location: Location) -> list[str]:
     info = location.info
     if info.type == fs.FileType.NotFound:
         raise ConfigurationError(f"there is no {location.path}")
-    if info.type == fs.FileType.File:
-        found = [location.path]
-    else:
-        paths = (one.path for one in location.all_files())
-        found = sorted(path for path in paths if not _is_hidden(path, location.path))
+    found = {location.path: info.type}
+    if info.type == fs.FileType.Directory:
+        found = {
+            one.path: one.type
+            for one in sorted(location.all_files(), key=lambda one: str(one.path))
+            if not _is_hidden(one.path, location.path)
+        }
+    for path, kind in found.items():
+        if kind != fs.FileType.File:
+            raise ConfigurationError(
+                f"{path} is no file: a link that leads nowhere, or a device; remove it"
+            )
     other = [path for path in found if _suffix(path) not in _SUFFIXES]
     if other or not found:
         raise ConfigurationError(
@@ -110,7 +147,7 @@ def input_files(location: Location) -> list[str]:
         )
     if len({_SUFFIXES[_suffix(path)] for path in found}) > 1:
         raise ConfigurationError(f"{location.path} holds both Parquet and lines of JSON; take one")
-    return found
+    return list(found)
 
 
 def is_parquet(path: str) -> bool:
@@ -118,67 +155,78 @@ def is_parquet(path: str) -> bool:
     return _SUFFIXES[_suffix(path)] == "parquet"
 
 
-@dataclass(frozen=True, slots=True)
-class InputFile:
-    """A file of a dataset.
-
-    Attributes:
-        path: as its filesystem knows it.
-        num_bytes: its size.
-        num_rows: how many there are.
-        changed: when, in nanoseconds since 1970; 0 where nobody knows.
-        line_starts: where lines of JSON begin, and where the last one ends; None of Parquet. Shape:
-            (num_rows + 1,), int64.
-        schema: of Parquet.
-    """
-
-    path: str
-    num_bytes: int
-    num_rows: int
-    changed: int
-    line_starts: Int64Array | None = None
-    schema: pa.Schema | None = None
-
-
-def survey(location: Location, files: Sequence[str]) -> list[InputFile]:
+def survey(
+    location: Location, files: Sequence[str], columns: Collection[str]
+) -> tuple[InputFile, ...]:
     """Counts rows: from the footers of Parquet, and by reading through lines of JSON.
 
+    Args:
+        location: of the dataset.
+        files: of `input_files`.
+        columns: which are read of Parquet.
+
     Raises:
-        ConfigurationError: a file is broken, or has other columns than the first.
+        ConfigurationError: a file is broken, was changed meanwhile, or has columns of other types
+            than the first.
     """
-    surveyed = [_surveyed(location.filesystem, path) for path in files]
+    states = states_of(location.filesystem, files)
+    surveyed = tuple(_surveyed(location.filesystem, state, columns) for state in states)
     first = surveyed[0]
     for file in surveyed:
-        if file.schema is not None and not file.schema.equals(first.schema):
+        if _types(file.schema, columns) != _types(first.schema, columns):
             raise ConfigurationError(
-                f"{file.path} has other columns than {first.path}; make them one"
+                f"{file.state.path} has other columns than {first.state.path}; make them one"
             )
     return surveyed
 
 
-def _surveyed(filesystem: fs.FileSystem, path: str) -> InputFile:
-    info = filesystem.get_file_info(path)
-    changed = info.mtime_ns or 0
-    if is_parquet(path):
-        opened = _parquet(filesystem, path)
-        rows, schema = opened.metadata.num_rows, opened.schema_arrow
-        return InputFile(path, info.size, rows, changed, schema=schema)
-    starts = _line_starts(filesystem, path)
-    return InputFile(path, info.size, len(starts) - 1, changed, line_starts=starts)
+def _surveyed(filesystem: fs.FileSystem, state: FileState, columns: Collection[str]) -> InputFile:
+    if is_parquet(state.path):
+        opened = open_parquet(filesystem, state.path)
+        metadata = opened.metadata
+        file = InputFile(
+            state,
+            metadata.num_rows,
+            schema=opened.schema_arrow,
+            groups=_groups(metadata, columns),
+        )
+    else:
+        starts = patiently(lambda: _line_starts(filesystem, state.path))
+        file = InputFile(state, len(starts) - 1, line_starts=starts)
+    state.require_unchanged(filesystem)
+    return file
 
 
-def cut(files: Sequence[InputFile], rows_each: int) -> tuple[Partition, ...]:
-    """All rows of all files, at most `rows_each` together."""
-    partitions: list[Partition] = []
-    for file in files:
-        for first in range(0, file.num_rows, rows_each):
-            end = min(first + rows_each, file.num_rows)
-            place = (0, 0)
-            if file.line_starts is not None:
-                begin, behind = (int(file.line_starts[row]) for row in (first, end))
-                place = begin, behind - begin
-            partitions.append(Partition(len(partitions), file.path, first, end - first, *place))
-    return tuple(partitions)
+def open_parquet(filesystem: fs.FileSystem, path: str) -> pq.ParquetFile:
+    """A file, of which the footer is read.
+
+    Raises:
+        ConfigurationError: it is broken.
+    """
+    try:
+        return patiently(lambda: pq.ParquetFile(path, filesystem=filesystem))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+
+
+def _types(schema: pa.Schema | None, columns: Collection[str]) -> list[tuple[str, str]]:
+    found = (field for field in schema or () if field.name in columns)
+    return sorted((field.name, str(field.type)) for field in found)
+
+
+def _groups(metadata: pq.FileMetaData, columns: Collection[str]) -> Int64Array:
+    paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
+    wanted = [
+        place
+        for place, path in enumerate(paths)
+        if any(path == name or path.startswith(f"{name}.") for name in columns)
+    ]
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    size = [
+        sum(group.column(place).total_uncompressed_size for place in wanted) for group in groups
+    ]
+    return np.cumsum([[0, *rows], [0, *size]], axis=1)
 
 
 def _line_starts(filesystem: fs.FileSystem, path: str) -> Int64Array:
@@ -193,67 +241,29 @@ def _line_starts(filesystem: fs.FileSystem, path: str) -> Int64Array:
     return starts if starts[-1] == offset else np.append(starts, offset)
 
 
+def cut(
+    files: Sequence[InputFile], rows_each: int, bytes_each: int = _MOST_BYTES
+) -> tuple[Partition, ...]:
+    """All rows of all files, at most `rows_each` together, or what fits some `bytes_each`."""
+    partitions: list[Partition] = []
+    for file in files:
+        first = 0
+        while first < file.num_rows:
+            end = file.end(first, rows_each, bytes_each)
+            place = (0, 0)
+            if file.line_starts is not None:
+                begin, behind = (int(file.line_starts[row]) for row in (first, end))
+                place = begin, behind - begin
+            partitions.append(Partition(len(partitions), file.state, first, end - first, *place))
+            first = end
+    return tuple(partitions)
+
+
 def _suffix(path: str) -> str:
     name = path.rsplit("/", 1)[-1]
     return name[name.rfind(".") :].lower() if "." in name else ""
 
 
-def read_lines(filesystem: fs.FileSystem, partition: Partition) -> list[bytes]:
-    """The lines of a partition of lines of JSON."""
-    with filesystem.open_input_file(partition.file) as file:
-        lines = bytes(file.read_at(partition.num_bytes, partition.first_byte))
-    return lines.removesuffix(b"\n").split(b"\n")
-
-
 def _is_hidden(path: str, folder: str) -> bool:
     """As everywhere around Parquet: what begins with a dot or an underscore is no data."""
     return any(part[0] in "._" for part in path[len(folder) :].strip("/").split("/"))
-
-
-# ---------------------------------------------------------------- reading and writing
-
-
-def write_rows(location: Location, partition: Partition, table: pa.Table) -> None:
-    """The scores of a partition; they are there whole or not at all, and again are the same."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    (location / partition.output_name).write(sink.getvalue().to_pybytes())
-
-
-def _parquet(filesystem: fs.FileSystem, path: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path, filesystem=filesystem)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ConfigurationError(f"{path}: {error}") from error
-
-
-class ParquetReader:
-    """Reads partitions; keeps the last row group, of which the next partition often is too."""
-
-    def __init__(self, filesystem: fs.FileSystem, columns: Sequence[str]) -> None:
-        self._filesystem = filesystem
-        self._columns = list(columns)
-        self._file: tuple[str, pq.ParquetFile] | None = None
-        self._group: tuple[tuple[str, int], pa.Table] | None = None
-
-    def read(self, partition: Partition) -> pa.Table:
-        """The columns of a partition."""
-        metadata = self._opened(partition.file).metadata
-        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        ends = np.cumsum(sizes)
-        last_row = partition.first_row + partition.num_rows - 1
-        first, last = np.searchsorted(ends, [partition.first_row, last_row], side="right")
-        groups = [self._row_group(partition.file, group) for group in range(first, last + 1)]
-        before = int(ends[first] - sizes[first])
-        return pa.concat_tables(groups).slice(partition.first_row - before, partition.num_rows)
-
-    def _opened(self, path: str) -> pq.ParquetFile:
-        if self._file is None or self._file[0] != path:
-            self._file = path, _parquet(self._filesystem, path)
-        return self._file[1]
-
-    def _row_group(self, path: str, group: int) -> pa.Table:
-        if self._group is None or self._group[0] != (path, group):
-            table = self._opened(path).read_row_group(group, columns=self._columns)
-            self._group = (path, group), table
-        return self._group[1]

@@ -8,8 +8,10 @@ import sys
 import time
 
 import ray
+from ray.exceptions import RayError
 
-from seqloss.distributed.ray_data import Pool, Progress, score_dataset
+from seqloss.distributed.pool import Pool
+from seqloss.distributed.ray_data import Progress, score_dataset
 from seqloss.distributed.workers import Work
 from seqloss.errors import ConfigurationError
 
@@ -35,8 +37,8 @@ def score_and_show(work: Work, pool: Pool, address: str | None) -> int:
         # Without a word it would join whatever Ray was started on this machine last.
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         ray.init(address, include_dashboard=False, logging_level=logging.WARNING)
-    except ConnectionError as error:
-        raise ConfigurationError(f"there is no Ray at {address}: {error}") from error
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        raise ConfigurationError(f"there is no Ray to be had at {address}: {error}") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would repeat what is said here
     try:
         _show(work, pool)

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from seqloss.distributed import json_lines, partitions
+from seqloss.distributed.attempts import Attempts, SharedAttempts, this_worker
 from seqloss.distributed.offline import OfflineModel
 from seqloss.distributed.partitions import Partition
+from seqloss.distributed.reading import PartitionReader
 from seqloss.distributed.storage import Location
 from seqloss.distributed.tables import Errors, PairColumns, request_of, scores_of
-from seqloss.errors import ConfigurationError, EngineDeadError
+from seqloss.errors import BundleError, ConfigurationError, EngineDeadError, SelfTestError
+
+# A process that ends may have had bad luck; what ends so many is to blame itself.
+_MOST_ATTEMPTS = 5
+_MOST_LOADS = 3
+_LOGS = "the logs of Ray on their machines say why, or its kernel's where memory ran out"
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,6 +51,7 @@ class PairScorer:
         columns: PairColumns | None = None,
         *,
         with_tokens: bool = False,
+        digest: str | None = None,
     ) -> None:
         """Loads the model, and waits until it is ready.
 
@@ -51,11 +60,12 @@ class PairScorer:
             settings: of the engine and its batches, by their names.
             columns: where the pairs are; None for `source_ids` and `target_ids`.
             with_tokens: whether there is a column of each token's nll.
+            digest: of the bundle that must lie there; None for whatever does.
 
         Raises:
             BundleError, ConfigurationError, EngineDeadError: it cannot be loaded.
         """
-        self._model = OfflineModel(Path(bundle), dict(settings or {}))
+        self._model = OfflineModel(Path(bundle), dict(settings or {}), digest)
         self._columns = columns or PairColumns()
         self._with_tokens = with_tokens
 
@@ -73,16 +83,20 @@ class PairScorer:
             table = table.append_column(name, column)
         return table
 
-    def scores(self, table: pa.Table, errors: Errors) -> dict[str, pa.Array]:
-        """Columns of scores alone; rows that have errors already keep them."""
+    def scores(self, table: pa.Table, errors: Errors, first_row: int = 0) -> dict[str, pa.Array]:
+        """Columns of scores alone; rows that have errors already keep them.
+
+        Args:
+            table: the pairs.
+            errors: of rows that hold none.
+            first_row: the number of the first one, for what is said of others.
+        """
         request, found = request_of(table, self._columns, self._model.text_encoder)
         try:
             scored = self._model.score(request)
         except EngineDeadError as error:
-            # Ray starts this worker again, and gives it what it had.
-            _LOG.critical("%s", error)
-            os._exit(1)
-        return scores_of(scored, found | errors, with_tokens=self._with_tokens)
+            _end(error)
+        return scores_of(scored, found | errors, with_tokens=self._with_tokens, first_row=first_row)
 
     @property
     def described(self) -> dict[str, str]:
@@ -102,6 +116,7 @@ class Work:
         columns: where the pairs are.
         kept: columns of the dataset that the output has too.
         with_tokens: whether it has each token's nll.
+        bundle_digest: what must lie in the model's folder; None for whatever does.
     """
 
     source: str
@@ -111,45 +126,122 @@ class Work:
     columns: PairColumns = field(default_factory=PairColumns)
     kept: tuple[str, ...] = ()
     with_tokens: bool = False
+    bundle_digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What one worker is told of a partition.
+
+    Attributes:
+        partition: which rows.
+        output_name: of the file of their scores.
+    """
+
+    partition: Partition
+    output_name: str
+
+    def as_json(self) -> bytes:
+        """To be read by `from_json`."""
+        return orjson.dumps(self)
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Errand:
+        """What `as_json` wrote."""
+        read = orjson.loads(content)
+        return cls(Partition.of(read["partition"]), read["output_name"])
 
 
 class PartitionScorer:
     """Reads a partition, scores it, writes it, and says how many pairs there were."""
 
-    def __init__(self, work: Work) -> None:
-        """Loads the model; raises as `PairScorer` does."""
-        columns = work.columns
+    def __init__(self, work: Work, attempts: Attempts | SharedAttempts) -> None:
+        """Loads nothing yet: who ends in here is started again by Ray, as often as it takes.
+
+        Args:
+            work: what, and where.
+            attempts: of all workers.
+        """
         self._work = work
-        self._scorer = PairScorer(work.bundle, work.settings, columns, with_tokens=work.with_tokens)
+        self._attempts = attempts
         self._output = Location.of(work.output)
-        self._filesystem = Location.of(work.source).filesystem
-        names = dict.fromkeys((columns.source, columns.target, *work.kept))
-        self._parquet = partitions.ParquetReader(self._filesystem, tuple(names))
+        filesystem = Location.of(work.source).filesystem
+        self._reader = PartitionReader(filesystem, work.columns, work.kept)
+        self._scorer: PairScorer | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        """One entry per partition: its pairs, and those that have an error."""
+        """One entry per partition: its pairs, and those that have an error.
+
+        Raises:
+            BundleError, ConfigurationError, SelfTestError: the model cannot be loaded here.
+            ConfigurationError: a partition cannot be read or written, or ends who scores it.
+        """
+        if self._scorer is None:
+            self._scorer = self._loaded()
         counts: dict[str, list[int]] = {"pairs": [], "errors": []}
-        for content in batch["partition"]:
-            partition = Partition(**orjson.loads(content))
-            table = self._scored(partition)
-            partitions.write_rows(self._output, partition, table)
+        for content in batch["errand"]:
+            table = self._done(Errand.from_json(content), self._scorer)
             counts["pairs"].append(len(table))
             counts["errors"].append(len(table) - table.column("error").null_count)
         return counts
 
-    def _scored(self, partition: Partition) -> pa.Table:
-        table, errors = self._read(partition)
-        scores = self._scorer.scores(table, errors)
+    def _loaded(self) -> PairScorer:
+        work, me = self._work, f"worker {this_worker()}"
+        num_tries = self._attempts.begin(me)
+        if num_tries > _MOST_LOADS:
+            raise ConfigurationError(
+                f"a worker on {platform.node()} ended {_MOST_LOADS} times while it loaded the "
+                f"model; {_LOGS}"
+            )
+        try:
+            scorer = PairScorer(
+                work.bundle,
+                work.settings,
+                work.columns,
+                with_tokens=work.with_tokens,
+                digest=work.bundle_digest,
+            )
+        except (BundleError, ConfigurationError, SelfTestError):
+            raise
+        except Exception as error:  # of the device, which may have another opinion in a new process
+            if num_tries < _MOST_LOADS:
+                _end(error)
+            raise ConfigurationError(
+                f"the model cannot be loaded on {platform.node()}: {error}"
+            ) from error
+        self._attempts.done(me)
+        return scorer
+
+    def _done(self, errand: Errand, scorer: PairScorer) -> pa.Table:
+        partition = errand.partition
+        if self._attempts.begin(errand.output_name) > _MOST_ATTEMPTS:
+            raise ConfigurationError(
+                f"{partition}: {_MOST_ATTEMPTS} workers ended, one after the other, while they "
+                f"scored them; {_LOGS}"
+            )
+        table = self._scored(partition, scorer)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        place = self._output / errand.output_name
+        try:
+            place.write(sink.getvalue().to_pybytes())
+        except OSError as error:
+            raise ConfigurationError(f"{place.path} cannot be written: {error}") from error
+        return table
+
+    def _scored(self, partition: Partition, scorer: PairScorer) -> pa.Table:
+        table, errors = self._reader.read(partition)
+        scores = scorer.scores(table, errors, partition.first_row)
         file = pa.DictionaryArray.from_arrays(
-            np.zeros(len(table), np.int32), pa.array([partition.file])
+            np.zeros(len(table), np.int32), pa.array([partition.file.path])
         )
         row = np.arange(partition.first_row, partition.first_row + len(table))
         kept = {name: table.column(name) for name in self._work.kept}
         made = pa.table({"file": file, "row": row} | kept | scores)
-        return made.replace_schema_metadata({"seqloss": orjson.dumps(self._scorer.described)})
+        return made.replace_schema_metadata({"seqloss": orjson.dumps(scorer.described)})
 
-    def _read(self, partition: Partition) -> tuple[pa.Table, Errors]:
-        if partitions.is_parquet(partition.file):
-            return self._parquet.read(partition), {}
-        lines = partitions.read_lines(self._filesystem, partition)
-        return json_lines.table_of(lines, self._work.columns, self._work.kept)
+
+def _end(error: Exception) -> NoReturn:
+    """Ray starts this worker again, and gives it what it had."""
+    _LOG.critical("%s", error)
+    os._exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
+from ray import cloudpickle
 from ray_cluster import actor_processes, random_pairs
 
 from seqloss.bundle.reader import Bundle
-from seqloss.distributed.ray_data import Pool, Progress, score_dataset
-from seqloss.distributed.workers import PairScorer, Work
+from seqloss.distributed import ray_data, workers
+from seqloss.distributed.pool import Pool
+from seqloss.distributed.ray_data import score_dataset
+from seqloss.distributed.workers import PartitionScorer, Work
 from seqloss.errors import ConfigurationError
 
-POOL = Pool(partition_rows=250, workers=2, cpus_per_worker=1)
+# The workers of a run that failed may be there for a while, and need not be waited for.
+HALF = Pool(partition_rows=100, workers=1, cpus_per_worker=1)
+
+# Workers do not find this module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def dataset(folder: Path, number: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -38,173 +47,98 @@ def work(bundle: Bundle, source: Path, output: Path, **changes: Any) -> Work:
     return Work(str(source), str(output), str(bundle.folder), **(given | changes))
 
 
-def scores_in(output: Path) -> pa.Table:
-    return pa.concat_tables(pq.read_table(path) for path in sorted(output.glob("part-*.parquet")))
-
-
-def run(work: Work, pool: Pool = POOL) -> Progress:
-    *_, last = score_dataset(work, pool)
-    return last
-
-
-def test_a_dataset_has_the_losses_of_a_plain_service(
-    bundle: Bundle, tmp_path: Path, expected: Callable[..., list[float]]
-) -> None:
-    sources, targets = dataset(tmp_path / "in", 1200)
-    output = tmp_path / "out"
-    last = run(work(bundle, tmp_path / "in", output, kept=("name",), with_tokens=True))
-    assert (last.pairs, last.errors, last.partitions) == (1200, 0, 6)
-    table = scores_in(output)
-    assert table.column("name").to_pylist() == [f"p{row}" for row in range(1200)]
-    assert table.column("row").to_pylist() == [*range(600), *range(600)]
-    assert table.column("nll").to_pylist() == expected(sources, targets)
-    sums = [sum(row) for row in table.column("token_nlls").to_pylist()]
-    assert sums == pytest.approx(table.column("nll").to_pylist())
-    assert table.column("error").null_count == 1200
-
-
-def test_what_is_wrong_with_a_row_stands_beside_it(bundle: Bundle, tmp_path: Path) -> None:
-    path = tmp_path / "in.jsonl"
-    path.write_text(
-        '{"source_ids": [5], "target_ids": [6]}\n'
-        "oops\n"
-        '{"source_ids": [5], "target_ids": []}\n'
-        '{"source_ids": [5], "target_ids": [1000000]}\n'
-    )
-    output = tmp_path / "out"
-    assert run(work(bundle, path, output)).errors == 3
-    rows = scores_in(output).to_pylist()
-    assert [row["nll"] is None for row in rows] == [False, True, True, True]
-    codes = [row["error"] and row["error"].split(":")[0] for row in rows]
-    assert codes == [None, "malformed_line", "empty_target", "token_out_of_range"]
-
-
-def test_a_run_goes_on_with_what_is_not_there_yet(bundle: Bundle, tmp_path: Path) -> None:
-    dataset(tmp_path / "in", 1000)
-    output = tmp_path / "out"
-    run(work(bundle, tmp_path / "in", output))
-    whole = scores_in(output)
-    kept = output / "part-000000.parquet"
-    (output / "part-000002.parquet").unlink()
-    written = kept.stat().st_mtime_ns
-    (output / "part-000002.parquet.0f.tmp").write_bytes(b"what a killed worker had begun to write")
-    first, *_, last = score_dataset(work(bundle, tmp_path / "in", output), Pool(workers=1))
-    assert (first.pairs, last.pairs) == (750, 1000)
-    assert kept.stat().st_mtime_ns == written
-    assert scores_in(output).equals(whole)
-    assert not list(output.glob("*.tmp"))
-
-
-@pytest.mark.parametrize(
-    ("change", "pool", "message"),
-    [
-        ({"with_tokens": True}, POOL, "with other with_tokens;"),
-        ({"settings": {"precision": "bfloat16"}}, POOL, "with other settings;"),
-        ({}, Pool(partition_rows=100), "with other rows of a partition;"),
-    ],
-)
-def test_an_output_of_another_run_is_not_mixed_with_this_one(
-    change: dict[str, Any], pool: Pool, message: str, bundle: Bundle, tmp_path: Path
-) -> None:
-    dataset(tmp_path / "in", 1000)
-    plan(work(bundle, tmp_path / "in", tmp_path / "out"), POOL)
-    with pytest.raises(ConfigurationError, match=message):
-        run(work(bundle, tmp_path / "in", tmp_path / "out", **change), pool)
-
-
-def plan(work: Work, pool: Pool) -> Progress:
-    """Begins a run that ends before anything is scored."""
-    begun = score_dataset(work, pool)
-    first = next(begun)
-    begun.close()
-    return first
-
-
-def test_the_same_command_goes_on_where_files_are_smaller_than_partitions(
-    bundle: Bundle, tmp_path: Path
-) -> None:
-    dataset(tmp_path / "in", 1000)
-    for _ in range(2):
-        first = plan(work(bundle, tmp_path / "in", tmp_path / "out"), Pool(partition_rows=800))
-        assert (first.of_partitions, first.of_pairs) == (2, 1000)
-
-
-def test_a_dataset_that_was_changed_is_another_one(bundle: Bundle, tmp_path: Path) -> None:
-    dataset(tmp_path / "in", 1000)
-    plan(work(bundle, tmp_path / "in", tmp_path / "out"), POOL)
-    os.utime(tmp_path / "in" / "a.parquet", ns=(1, 1))
-    with pytest.raises(ConfigurationError, match="with other files of the dataset;"):
-        run(work(bundle, tmp_path / "in", tmp_path / "out"))
-
-
-@pytest.mark.parametrize("where", ["in", "in/scores"])
-def test_an_output_in_the_dataset_is_refused(where: str, bundle: Bundle, tmp_path: Path) -> None:
-    dataset(tmp_path / "in", 1000)
-    with pytest.raises(ConfigurationError, match="lies in the dataset"):
-        run(work(bundle, tmp_path / "in", tmp_path / where))
-
-
-def test_an_output_that_holds_something_else_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    dataset(tmp_path / "in", 1000)
-    dataset(tmp_path / "out", 10)
-    with pytest.raises(ConfigurationError, match="no plan says how they were made"):
-        run(work(bundle, tmp_path / "in", tmp_path / "out"))
-
-
-def test_a_plan_that_another_run_replaced_is_not_called_done(
-    bundle: Bundle, tmp_path: Path
-) -> None:
-    dataset(tmp_path / "in", 1000)
-    running = score_dataset(work(bundle, tmp_path / "in", tmp_path / "out"), POOL)
-    next(running)
-    (tmp_path / "out" / "_plan.json").write_text("{}")
-    with pytest.raises(ConfigurationError, match="another run has begun"):
-        list(running)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_batch_tokens": "many"}, "max_batch_tokens"),
-        ({"device": "cpu", "precision": "int8"}, "a worker did not start: .*int8"),
-    ],
-)
-def test_a_setting_that_is_wrong_is_said_in_a_sentence(
-    settings: dict[str, Any], message: str, bundle: Bundle, tmp_path: Path
-) -> None:
-    dataset(tmp_path / "in", 1000)
-    with pytest.raises(ConfigurationError, match=message):
-        run(work(bundle, tmp_path / "in", tmp_path / "out", settings=settings))
-
-
-def test_a_worker_serves_pipelines_of_one_s_own(
-    bundle: Bundle, expected: Callable[..., list[float]]
-) -> None:
-    sources, targets = random_pairs(50, seed=11)
-    scorer = PairScorer(str(bundle.folder), {"device": "cpu", "precision": "float32"})
-    table = scorer(pa.table({"name": ["x"] * 50, "source_ids": sources, "target_ids": targets}))
-    assert table.column("nll").to_pylist() == expected(sources, targets)
-    assert table.column_names[:3] == ["name", "source_ids", "target_ids"]
-    with pytest.raises(ConfigurationError, match="columns error, loss"):
-        scorer(table)
-
-
 def test_no_row_is_lost_or_doubled_when_workers_are_killed(
     bundle: Bundle,
     tmp_path: Path,
     expected: Callable[..., list[float]],
     pytestconfig: pytest.Config,
 ) -> None:
-    sources, targets = dataset(tmp_path / "in", 3000)
+    """And their losses are those of a plain service."""
+    sources, targets = dataset(tmp_path / "in", 2000)
     output = tmp_path / "out"
-    pool = Pool(partition_rows=100, workers=2, cpus_per_worker=1)
     kills, wanted = 0, pytestconfig.getoption("--kills")
-    for progress in score_dataset(work(bundle, tmp_path / "in", output), pool):
-        workers = actor_processes("MapWorker")
-        if progress.partitions and kills < wanted and workers:
-            os.kill(workers[0], signal.SIGKILL)
+    pool = Pool(partition_rows=100, workers=2)
+    asked = work(bundle, tmp_path / "in", output, kept=("name",), with_tokens=True)
+    for progress in score_dataset(asked, pool):
+        running = actor_processes("MapWorker")
+        if progress.partitions and kills < wanted and running:
+            os.kill(running[0], signal.SIGKILL)
             kills += 1
     assert kills == wanted
-    table = scores_in(output)
-    assert table.column("row").to_pylist() == [*range(1500), *range(1500)]
+    assert (progress.pairs, progress.errors, progress.partitions) == (2000, 0, 20)
+    table = pq.read_table(output)
+    assert table.column("row").to_pylist() == [*range(1000), *range(1000)]
     assert table.column("nll").to_pylist() == expected(sources, targets)
+    assert table.column("name").to_pylist() == [f"p{row}" for row in range(2000)]
+    sums = [sum(row) for row in table.column("token_nlls").to_pylist()]
+    assert sums == pytest.approx(table.column("nll").to_pylist())
+    assert not [path.name for path in output.iterdir() if path.name.startswith("_unfinished")]
+
+
+def test_what_is_wrong_in_a_worker_is_said_in_a_sentence(bundle: Bundle, tmp_path: Path) -> None:
+    dataset(tmp_path / "in", 1000)
+    settings = {"device": "cpu", "precision": "int8"}
+    asked = work(bundle, tmp_path / "in", tmp_path / "out", settings=settings)
+    with pytest.raises(ConfigurationError, match="holds float32 for torch, and not int8") as error:
+        list(score_dataset(asked, HALF))
+    assert len(str(error.value).splitlines()) == 1
+
+
+class EndsWhatItScores(PartitionScorer):
+    """And nothing else: the process that scores the rows from 500 on is gone."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        workers._MOST_ATTEMPTS = 2
+
+    def _loaded(self) -> Any:
+        return None
+
+    def _scored(self, partition: Any, scorer: Any) -> pa.Table:
+        if partition.first_row == 500:
+            os._exit(1)
+        return pa.table({"error": pa.nulls(partition.num_rows, pa.string())})
+
+
+class LoadsOnce(PartitionScorer):
+    """The first process of a worker ends while it scores, and the others while they load."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        workers._MOST_LOADS = 1
+
+    def _loaded(self) -> Any:
+        loaded = Path(self._work.output) / "_loaded"
+        if not loaded.exists():
+            loaded.touch()
+            return None
+
+        def end(*_: object, **__: object) -> None:
+            os._exit(1)
+
+        workers.PairScorer = end  # type: ignore[assignment, misc]
+        return super()._loaded()
+
+    def _scored(self, partition: Any, scorer: Any) -> pa.Table:
+        os._exit(1)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        (EndsWhatItScores, r"a\.parquet, rows 500 to 599: 2 workers ended, one after the other"),
+        (LoadsOnce, "ended 1 times while it loaded the model"),
+    ],
+)
+def test_what_ends_every_process_ends_the_run(
+    scorer: type, message: str, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_data, "PartitionScorer", scorer)
+    before = ray.data.DataContext.get_current().copy()
+    dataset(tmp_path / "in", 1200)
+    with pytest.raises(ConfigurationError, match=message):
+        list(score_dataset(work(bundle, tmp_path / "in", tmp_path / "out"), HALF))
+    # A program of one's own has other datasets.
+    after = ray.data.DataContext.get_current()
+    for name in ("max_errored_blocks", "max_consecutive_actor_init_deaths", "enable_progress_bars"):
+        assert getattr(after, name) == getattr(before, name)
