@@ -77,6 +77,7 @@ class FakeEngine:
         *,
         device: str = "cpu",
         makes_logits: bool = False,
+        is_packed: bool = False,
         has_kernels: bool = False,
         is_batch_invariant: bool = False,
     ) -> None:
@@ -90,6 +91,7 @@ class FakeEngine:
             "float32",
             "fake",
             makes_logits=makes_logits,
+            is_packed=is_packed,
             has_kernels=has_kernels,
             is_batch_invariant=is_batch_invariant,
         )
@@ -130,3 +132,9 @@ class FakeEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+def padded_tokens(batch: Batch) -> int:
+    """What a batch costs whoever pads it, both sides together."""
+    sides = (batch.sources, batch.decoder_input_ids)
+    return sum(len(side) * int(side.lengths.max(initial=0)) for side in sides)

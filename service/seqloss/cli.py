@@ -81,7 +81,7 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         const=True,
         help="serve only where a pair's loss is the same bits whoever shares its batch",
     )
-    serve.add_argument("--max-batch-tokens", help="padded tokens of a batch (default: 4096)")
+    serve.add_argument("--max-batch-tokens", help="tokens of a batch (default: 4096)")
     serve.add_argument(
         "--admin-port", help="a second port, for health, metrics and reloads (default: none)"
     )

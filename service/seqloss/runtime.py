@@ -13,6 +13,7 @@ from seqloss import __version__
 from seqloss.batching.cost import CostModel
 from seqloss.batching.loop import Batcher, Threads
 from seqloss.batching.queues import BatchingLimits
+from seqloss.batching.shapes import shapes_of
 from seqloss.batching.warm_up import warm_up
 from seqloss.bundle.manifest import EngineName, Precision
 from seqloss.bundle.reader import Bundle
@@ -181,7 +182,7 @@ class LossRuntime:
         settings = self._settings
         tokens = token_budget(engine.info, self.bundle, settings)
         if not settings.warm_up:
-            return tokens, CostModel()
+            return tokens, CostModel(shapes_of(is_packed=engine.info.is_packed))
         return warm_up(
             engine,
             self.bundle.manifest,

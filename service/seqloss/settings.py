@@ -125,7 +125,8 @@ class Settings(BaseSettings):
     about as long as ten batches; on a CPU, whose memory cannot be proven, as ten small ones."""
 
     max_batch_tokens: int = Field(4096, ge=16)
-    """Padded tokens of a micro-batch, sources and targets together. More fill a GPU better; fewer
+    """Tokens of a micro-batch, sources and targets together, with the padding of graphs that pad.
+    More fill a GPU better; fewer
     let an interactive request wait less behind a bulk one, and bound the memory of hidden states
     and attention; the loss head's is bounded by itself. A single pair above it goes alone."""
 

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from prometheus_client import CollectorRegistry
 from test_collate import Request, Target, request_of, targets_of
 
-from fakes import FakeEngine, fake_nll
+from fakes import FakeEngine, fake_nll, padded_tokens
 from seqloss.batching.jobs import Outcome
 from seqloss.batching.loop import Batcher, Threads
 from seqloss.batching.queues import MAX_BYPASS, BatchingLimits
@@ -123,13 +123,15 @@ class FaultyEngine(FakeEngine):
     """Takes virtual time, and fails where it is told to.
 
     Attributes:
-        memory: padded tokens that fit the device.
+        memory: tokens that fit the device, padding included.
         slowness: a factor.
         next_fault: what the next batch meets.
     """
 
-    def __init__(self, loop: VirtualTimeLoop, watch: Callable[[Batch], None]) -> None:
-        super().__init__()
+    def __init__(
+        self, loop: VirtualTimeLoop, watch: Callable[[Batch], None], *, is_packed: bool
+    ) -> None:
+        super().__init__(is_packed=is_packed)
         self.memory = float("inf")
         self.slowness = 1.0
         self.next_fault: BaseException | None = None
@@ -138,11 +140,11 @@ class FaultyEngine(FakeEngine):
 
     def score(self, batch: Batch) -> TokenTerms:
         self._watch(batch)
-        self._loop.spend(self.slowness * (1e-3 + 1e-4 * padded_tokens(batch)))
+        self._loop.spend(self.slowness * (1e-3 + 1e-4 * self.tokens(batch)))
         if self.next_fault is not None:
             fault, self.next_fault = self.next_fault, None
             raise fault
-        if padded_tokens(batch) > self.memory:
+        if self.tokens(batch) > self.memory:
             raise OutOfMemoryError("too many tokens")
         terms = super().score(batch)
         row = batch.decoder_input_ids.row_of_value
@@ -152,10 +154,11 @@ class FaultyEngine(FakeEngine):
                 values[is_bad] = np.nan
         return terms
 
-
-def padded_tokens(batch: Batch) -> int:
-    sources, targets = batch.sources, batch.decoder_input_ids
-    return int(len(sources) * sources.lengths.max(initial=0) + len(targets) * targets.lengths.max())
+    def tokens(self, batch: Batch) -> int:
+        """What it computes for the batch, both sides together."""
+        if self.info.is_packed:
+            return len(batch.sources.values) + len(batch.decoder_input_ids.values)
+        return padded_tokens(batch)
 
 
 class WatchedMetrics(ModelMetrics):
@@ -177,8 +180,17 @@ class BatcherMachine(RuleBasedStateMachine):
         queue=st.sampled_from([300, 2_000, 10**6]),
         block=st.sampled_from([0.005, float("inf")]),
         host_seconds=st.sampled_from([0.0, 0.002, 0.02]),
+        is_packed=st.booleans(),
     )
-    def start(self, tokens: int, pairs: int, queue: int, block: float, host_seconds: float) -> None:
+    def start(
+        self,
+        tokens: int,
+        pairs: int,
+        queue: int,
+        block: float,
+        host_seconds: float,
+        is_packed: bool,
+    ) -> None:
         self.loop = VirtualTimeLoop()
         self.unread: list[dict[str, Any]] = []
         self.loop.set_exception_handler(lambda _, context: self.unread.append(context))
@@ -197,7 +209,7 @@ class BatcherMachine(RuleBasedStateMachine):
         self.killed = False
         self.hung = False
         self.draining: asyncio.Task[None] | None = None
-        self.engine = FaultyEngine(self.loop, self.saw)
+        self.engine = FaultyEngine(self.loop, self.saw, is_packed=is_packed)
         self.threads = Threads(
             VirtualThread(self.loop), VirtualThread(self.loop, seconds=host_seconds)
         )
@@ -235,11 +247,11 @@ class BatcherMachine(RuleBasedStateMachine):
         elif isinstance(fault, (EngineDeadError, NeverReturns)):
             self.killed = True
             self.hung = isinstance(fault, NeverReturns)
-        elif padded_tokens(batch) <= self.engine.memory:
+        elif self.engine.tokens(batch) <= self.engine.memory:
             self.computed.update(keys)
 
     def check_caps(self, batch: Batch) -> None:
-        num_pairs, num_tokens = len(batch.decoder_input_ids), padded_tokens(batch)
+        num_pairs, num_tokens = len(batch.decoder_input_ids), self.engine.tokens(batch)
         if num_pairs > self.limits.max_batch_pairs:
             self.wrong.append(f"{num_pairs} pairs in a batch")
         if num_pairs > 1 and num_tokens > self.limits.max_batch_tokens:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqloss.batching.cost import BatchShape, CostModel
+from seqloss.batching.cost import CostModel
+from seqloss.batching.shapes import PaddedShape
 
 # Seconds as on a small GPU, on two cores, and on a device on which only tokens of targets count.
 DEVICES = {
@@ -16,11 +17,11 @@ DEVICES = {
     "head": (0.0, 0.0, 1e-5, 0.0),
 }
 shapes = st.builds(
-    BatchShape, st.integers(1, 500), st.integers(1, 500), st.integers(1, 500), st.integers(1, 500)
+    PaddedShape, st.integers(1, 500), st.integers(1, 500), st.integers(1, 500), st.integers(1, 500)
 )
 
 
-def seconds_of(device: tuple[float, ...], shape: BatchShape) -> float:
+def seconds_of(device: tuple[float, ...], shape: PaddedShape) -> float:
     fixed, encoder, decoder, attention = device
     sources, targets = shape.num_sources, shape.num_targets
     s, t = shape.source_length, shape.target_length
@@ -28,13 +29,13 @@ def seconds_of(device: tuple[float, ...], shape: BatchShape) -> float:
     return fixed + encoder * sources * s + decoder * targets * t + attention * attended
 
 
-def random_shapes(count: int, seed: int = 7) -> list[BatchShape]:
+def random_shapes(count: int, seed: int = 7) -> list[PaddedShape]:
     random = np.random.default_rng(seed)
     found = []
     for _ in range(count):
         targets = int(random.integers(1, 200))
         found.append(
-            BatchShape(
+            PaddedShape(
                 int(random.integers(1, targets + 1)),
                 int(random.integers(4, 300)),
                 targets,
@@ -61,7 +62,7 @@ def test_exact_batches_give_the_exact_coefficients() -> None:
 
 
 @given(st.lists(st.tuples(shapes, st.floats(1e-6, 100)), min_size=1, max_size=30))
-def test_no_coefficient_is_ever_negative(batches: list[tuple[BatchShape, float]]) -> None:
+def test_no_coefficient_is_ever_negative(batches: list[tuple[PaddedShape, float]]) -> None:
     cost = CostModel()
     for shape, seconds in batches:
         cost.observe(shape, seconds)
@@ -81,7 +82,7 @@ def test_a_device_that_became_slower_is_learned_and_the_past_forgotten() -> None
 
 
 def test_one_batch_is_enough_to_know_what_such_batches_take() -> None:
-    cost, shape = CostModel(), BatchShape(8, 20, 16, 30)
+    cost, shape = CostModel(), PaddedShape(8, 20, 16, 30)
     assert not cost.is_measured
     cost.observe(shape, 0.25)
     assert cost.is_measured
@@ -91,15 +92,15 @@ def test_one_batch_is_enough_to_know_what_such_batches_take() -> None:
 def test_before_a_measurement_targets_are_dearer_than_sources_and_more_is_never_cheaper() -> None:
     cost = CostModel()
     assert cost.target_weight == pytest.approx(2)
-    assert cost.seconds(BatchShape(1, 100, 1, 10)) < cost.seconds(BatchShape(1, 10, 1, 100))
-    assert cost.seconds(BatchShape(1, 10, 2, 10)) < 2 * cost.seconds(BatchShape(1, 10, 1, 10))
+    assert cost.seconds(PaddedShape(1, 100, 1, 10)) < cost.seconds(PaddedShape(1, 10, 1, 100))
+    assert cost.seconds(PaddedShape(1, 10, 2, 10)) < 2 * cost.seconds(PaddedShape(1, 10, 1, 10))
 
 
 @given(shapes, shapes)
-def test_many_shapes_are_priced_at_once(first: BatchShape, second: BatchShape) -> None:
+def test_many_shapes_are_priced_at_once(first: PaddedShape, second: PaddedShape) -> None:
     cost = CostModel()
     cost.observe(first, 0.5)
-    both = BatchShape(
+    both = PaddedShape(
         *(
             np.array([getattr(first, name), getattr(second, name)])
             for name in ("num_sources", "source_length", "num_targets", "target_length")

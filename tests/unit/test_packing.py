@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqloss.batching.cost import BatchShape, CostModel
+from seqloss.batching.cost import CostModel
 from seqloss.batching.jobs import Job
 from seqloss.batching.packing import (
     Candidates,
@@ -23,6 +23,7 @@ from seqloss.batching.packing import (
     shape_of,
 )
 from seqloss.batching.queues import BatchingLimits, Queue
+from seqloss.batching.shapes import BatchShape, PackedShape, PaddedShape
 from seqloss.records import Pairs, Ragged, offsets_of
 
 LENGTHS = Path(__file__).parents[3] / "shared" / "corpora" / "lengths.json"
@@ -39,19 +40,23 @@ class KnownCost(CostModel):
     does.
     """
 
-    def __init__(self, *numbers: float) -> None:
-        super().__init__()
+    def __init__(self, *numbers: float, shapes: type[BatchShape] = PaddedShape) -> None:
+        super().__init__(shapes)
         self._numbers = numbers
 
 
-PRIOR = CostModel()
+PRIOR, PACKED = CostModel(), CostModel(PackedShape)
 costs = st.sampled_from(
     [
-        PRIOR,
-        KnownCost(0.0, 1e-5, 2e-5, 0.0),
-        KnownCost(1.0, 1e-5, 2e-5, 0.0),
-        KnownCost(1e-4, 1e-5, 9e-5, 1e-6),
-        KnownCost(1e-4, 9e-5, 0.0, 0.0),
+        KnownCost(*numbers, shapes=shapes)
+        for shapes in (PaddedShape, PackedShape)
+        for numbers in (
+            PRIOR.numbers,
+            (0.0, 1e-5, 2e-5, 0.0),
+            (1.0, 1e-5, 2e-5, 0.0),
+            (1e-4, 1e-5, 9e-5, 1e-6),
+            (1e-4, 9e-5, 0.0, 0.0),
+        )
     ]
 )
 
@@ -95,20 +100,33 @@ def num_runs(pairs: list[Pair]) -> int:
     return sum(key != before for key, before in zip(keys, [None, *keys], strict=False))
 
 
-def padded_tokens(pairs: list[Pair]) -> int:
-    longest_source = max(source for source, _, _ in pairs)
-    longest_target = max(target for _, target, _ in pairs)
-    return num_runs(pairs) * longest_source + len(pairs) * longest_target
+def encoded_lengths(pairs: list[Pair]) -> list[int]:
+    """Of the sources that are encoded for pairs in this order."""
+    keys = [None, *(key for _, _, key in pairs)]
+    return [pair[0] for pair, before in zip(pairs, keys, strict=False) if pair[2] != before]
+
+
+def work_of(cost: CostModel, pairs: list[Pair]) -> tuple[int, int, int]:
+    """Tokens of sources and of targets, and pairs of positions that attend, padded or packed."""
+    sources = encoded_lengths(pairs)
+    both = [(source, target) for source, target, _ in pairs]
+    if cost.shapes is PaddedShape:
+        longest_source, longest_target = (max(side) for side in zip(*both, strict=True))
+        sources = [longest_source] * len(sources)
+        both = [(longest_source, longest_target)] * len(both)
+    attended = sum(source**2 for source in sources)
+    attended += sum(target * (source + target) for source, target in both)
+    return sum(sources), sum(target for _, target in both), attended
+
+
+def tokens_of(cost: CostModel, pairs: list[Pair]) -> int:
+    return sum(work_of(cost, pairs)[:2])
 
 
 def seconds_of(cost: CostModel, pairs: list[Pair]) -> float:
     """The formula of the cost model, written out."""
-    fixed, encoder, decoder, attention = cost.numbers
-    source = max(source for source, _, _ in pairs)
-    target = max(target for _, target, _ in pairs)
-    encoded, decoded = num_runs(pairs) * source, len(pairs) * target
-    attended = encoded * source + decoded * (source + target)
-    return fixed + encoder * encoded + decoder * decoded + attention * attended
+    fixed, *rates = cost.numbers
+    return fixed + sum(map(float.__mul__, rates, map(float, work_of(cost, pairs))))
 
 
 @st.composite
@@ -206,7 +224,7 @@ def test_only_a_pair_alone_may_be_above_the_caps(case: tuple[Waiting, int]) -> N
     batch, caps = waiting.batch(anchor), waiting.caps
     assert len(batch) <= caps.pairs
     if len(batch) > 1:
-        assert padded_tokens(batch) <= caps.tokens
+        assert tokens_of(waiting.cost, batch) <= caps.tokens
         assert seconds_of(waiting.cost, batch) <= caps.seconds * (1 + 1e-9)
 
 
@@ -222,15 +240,30 @@ def test_a_batch_is_never_less_efficient_than_its_anchor_alone(case: tuple[Waiti
 
 
 @given(waiting_and_anchor())
-def test_the_shape_of_a_batch_is_what_it_is_padded_to(case: tuple[Waiting, int]) -> None:
+def test_the_shape_of_a_batch_is_its_work(case: tuple[Waiting, int]) -> None:
     waiting, anchor = case
     batch = waiting.batch(anchor)
-    shape = shape_of(candidates_of(batch))
+    shape = shape_of(candidates_of(batch), waiting.cost)
     assert shape.num_sources == num_runs(batch)
-    assert shape.source_length == max(source for source, _, _ in batch)
     assert shape.num_targets == len(batch)
-    assert shape.target_length == max(target for _, target, _ in batch)
-    assert shape.tokens == padded_tokens(batch)
+    assert shape.work() == work_of(waiting.cost, batch)
+    assert shape.tokens == tokens_of(waiting.cost, batch)
+
+
+@given(waiting_and_anchor())
+def test_a_shape_that_grows_is_that_of_the_whole(case: tuple[Waiting, int]) -> None:
+    """Pair by pair, as a batch and as riders grow it."""
+    waiting, _ = case
+    pairs = waiting.in_order
+    candidates = candidates_of(pairs)
+    first = shape_of(candidates.part(slice(0, 1)), waiting.cost)
+    keys = candidates.source_keys
+    grown = first.grown(
+        candidates.source_lengths[1:], candidates.target_lengths[1:], keys[1:] != keys[:-1]
+    )
+    for count in range(2, len(pairs) + 1):
+        expected = shape_of(candidates_of(pairs[:count]), waiting.cost)
+        assert grown.at(count - 2) == expected
 
 
 @given(any_waiting())
@@ -322,48 +355,87 @@ def test_a_bound_in_seconds_holds_back_what_the_other_caps_would_allow() -> None
 
 
 @given(any_waiting(), st.integers(1, 20), st.integers(1, 20), st.integers(1, 9))
-def test_riders_raise_neither_length_and_keep_the_caps(
+def test_riders_make_a_batch_no_dearer_for_others_and_keep_the_caps(
     waiting: Waiting, source_length: int, target_length: int, num_pairs: int
 ) -> None:
-    shape = BatchShape(num_pairs, source_length, num_pairs, target_length)
+    even = [(source_length, target_length, key) for key in range(num_pairs)]
+    shape = shape_of(candidates_of(even), waiting.cost)
     found = riders(candidates_of(waiting.in_order), shape, waiting.caps, waiting.cost).tolist()
     assert found == sorted(set(found))
     riding = [waiting.in_order[index] for index in found]
-    assert all(source <= source_length for source, _, _ in riding)
-    assert all(target <= target_length for _, target, _ in riding)
+    if waiting.cost.shapes is PaddedShape:
+        assert all(source <= source_length for source, _, _ in riding)
+        assert all(target <= target_length for _, target, _ in riding)
     if riding:
-        count = num_pairs + len(riding)
-        assert count <= waiting.caps.pairs
-        assert count * (source_length + target_length) <= waiting.caps.tokens
-        even = [(source_length, target_length, key) for key in range(count)]
-        assert seconds_of(waiting.cost, even) <= waiting.caps.seconds * (1 + 1e-9)
+        # Each is counted with a source of its own.
+        own = [(source, target, -number) for number, (source, target, _) in enumerate(riding, 1)]
+        assert num_pairs + len(riding) <= waiting.caps.pairs
+        assert tokens_of(waiting.cost, even + own) <= waiting.caps.tokens
+        assert seconds_of(waiting.cost, even + own) <= waiting.caps.seconds * (1 + 1e-9)
 
 
 def test_nobody_rides_who_would_be_mostly_padding() -> None:
     """A source counts half of a target here: 3 + 2 T against 3 + 2 * 20, nine tenths of it."""
     candidates = candidates_of(Waiting([(3, target, target) for target in range(1, 25)]).in_order)
-    found = riders(candidates, BatchShape(2, 3, 2, 20), FREE, PRIOR)
+    found = riders(candidates, PaddedShape(2, 3, 2, 20), FREE, PRIOR)
     assert candidates.target_lengths[found].tolist() == [18, 19, 20]
 
 
 def test_the_longest_ride_where_there_is_no_room_for_all() -> None:
     candidates = candidates_of(Waiting([(3, target, target) for target in range(1, 25)]).in_order)
-    shape = BatchShape(2, 3, 2, 20)
+    shape = PaddedShape(2, 3, 2, 20)
     found = riders(candidates, shape, Caps(tokens=10**6, pairs=4), PRIOR)
     assert candidates.target_lengths[found].tolist() == [19, 20]
 
 
 def test_nobody_rides_in_a_batch_that_is_full() -> None:
     candidates = candidates_of([(1, 1, 1)])
-    full = BatchShape(2, 5, 2, 5)
+    full = PaddedShape(2, 5, 2, 5)
     for caps in (Caps(20, 100), Caps(10**6, 2), Caps(10**6, 100, seconds=1e-9)):
         assert len(riders(candidates, full, caps, PRIOR)) == 0
+
+
+def test_whoever_fits_rides_where_nothing_is_padded() -> None:
+    candidates = candidates_of(Waiting([(3, target, target) for target in range(1, 25)]).in_order)
+    shape = PackedShape(2, 2, 6, 40, 0)
+    assert len(riders(candidates, shape, FREE, PACKED)) == 24
+    # The longest that there is room for goes first.
+    for room, longest in ((25, 22), (10, 7), (3, None)):
+        found = riders(candidates, shape, Caps(tokens=46 + room, pairs=100), PACKED)
+        assert candidates.target_lengths[found].tolist() == ([longest] if longest else [])
+
+
+# ---------------------------------------------------------------- packed batches
+
+
+def test_pairs_of_any_length_go_together_where_nothing_is_padded() -> None:
+    random = np.random.default_rng(5)
+    pairs = [
+        (int(source), int(target), key)
+        for key, (source, target) in enumerate(random.integers(1, 100, (30, 2)))
+    ]
+    free = KnownCost(2e-4, 1e-5, 2e-5, 0.0, shapes=PackedShape)
+    for anchor in (0, 15, 29):
+        assert len(Waiting(pairs, Caps(10**4, 100), free).batch(anchor)) == 30
+
+
+def test_a_packed_batch_is_as_large_as_its_pairs_and_no_larger() -> None:
+    """Where padding would have filled it with a few."""
+    pairs = [(1, 1, key) for key in range(50)] + [(50, 50, 99)]
+    waiting = Waiting(pairs, Caps(tokens=200, pairs=100), PACKED)
+    assert len(waiting.batch(50)) == 51
+    assert len(replace(waiting, caps=Caps(tokens=199, pairs=100)).batch(50)) == 50
 
 
 # ---------------------------------------------------------------- real lengths
 
 
-def test_real_lengths_are_padded_by_a_tenth_at_most() -> None:
+@pytest.mark.parametrize(
+    ("cost", "most_tokens", "fewest_tokens"), [(PRIOR, 1.10, 1.0), (PACKED, 1.0, 1.0)]
+)
+def test_real_lengths_are_padded_by_a_tenth_at_most(
+    cost: CostModel, most_tokens: float, fewest_tokens: float
+) -> None:
     """49 requests of 2,048 pairs wait; every one of their pairs is computed once."""
     if not LENGTHS.is_file():
         pytest.skip(f"{LENGTHS} is absent: it does not belong to the project")
@@ -371,18 +443,20 @@ def test_real_lengths_are_padded_by_a_tenth_at_most() -> None:
     rows = np.concatenate([languages[name] for name in ("en-de", "en-fr")])[:, 2:] + 1
     waiting = np.random.default_rng(20260305).choice(rows, 49 * 2048)
     limits = BatchingLimits(4096, 512, 10**9)
-    queue = Queue(limits, CostModel())
+    queue = Queue(limits, cost)
     for number, lengths in enumerate(waiting.reshape(49, 2048, 2)):
         queue.add(Job(pairs_of(lengths), "bulk", False, 0.0, Mock(), number))
-    real = padded = num_pairs = 0
+    real = computed = num_pairs = num_batches = 0
     while (formed := queue.take("bulk", 0.0, limits.max_batch_tokens)) is not None:
         for job, rows in formed.selection:
             real += int(job.source_lengths[rows].sum() + job.target_lengths[rows].sum())
             num_pairs += len(rows)
-        padded += int(formed.shape.tokens)
+        computed += int(formed.shape.tokens)
+        num_batches += 1
     assert num_pairs == len(waiting)
     assert real == waiting.sum()
-    assert padded / real <= 1.10
+    assert fewest_tokens <= computed / real <= most_tokens
+    assert computed / num_batches >= 0.9 * limits.max_batch_tokens, "batches are full"
 
 
 def pairs_of(lengths: np.ndarray) -> Pairs:

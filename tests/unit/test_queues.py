@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from test_collate import request_of
 from test_packing import KnownCost
 
-from seqloss.batching.cost import BatchShape, CostModel
+from seqloss.batching.cost import CostModel
 from seqloss.batching.jobs import Job
 from seqloss.batching.queues import MAX_BYPASS, BatchingLimits, Formed, Queue
+from seqloss.batching.shapes import PaddedShape
 from seqloss.records import Priority
 
 LIMITS = BatchingLimits(max_batch_tokens=40, max_batch_pairs=16, max_queue_tokens=10**9)
@@ -68,7 +69,7 @@ def queue_of(*jobs: Job, limits: BatchingLimits = LIMITS, cost: CostModel | None
 def measured() -> CostModel:
     """One that believes to know the device; riders need that."""
     cost = CostModel()
-    cost.observe(BatchShape(1, 5, 1, 5), 0.01)
+    cost.observe(PaddedShape(1, 5, 1, 5), 0.01)
     return cost
 
 
@@ -310,7 +311,7 @@ def test_bulk_pairs_ride_where_an_interactive_batch_has_room() -> None:
     queue = queue_of(anchor, fitting, longer, cost=KnownMeasured())
     formed = take(queue, "interactive")
     assert jobs_in(formed) == [anchor, fitting]
-    assert formed.shape == BatchShape(2, 5, 2, 5)
+    assert formed.shape == PaddedShape(2, 5, 2, 5)
     assert queue.num_waiting == longer.num_waiting == 1
 
 

@@ -6,9 +6,8 @@ import logging
 from typing import Any
 
 import pytest
-from test_batching_machine import padded_tokens
 
-from fakes import FakeEngine, fake_bundle
+from fakes import FakeEngine, fake_bundle, padded_tokens
 from seqloss.bundle.manifest import Vocabulary
 from seqloss.engines.base import EngineInfo
 from seqloss.runtime import token_budget

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from test_batching_machine import padded_tokens
 
-from fakes import VOCABULARY_SIZE, FakeEngine, fake_manifest
+from fakes import VOCABULARY_SIZE, FakeEngine, fake_manifest, padded_tokens
 from seqloss.batching.warm_up import warm_up
 from seqloss.bundle.manifest import Vocabulary
 from seqloss.errors import ConfigurationError, EngineDeadError, OutOfMemoryError

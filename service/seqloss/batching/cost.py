@@ -1,12 +1,12 @@
-"""How long a batch takes: an affine model of its padded work, fitted while the service runs."""
+"""How long a batch takes: an affine model of its work, fitted while the service runs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from seqloss.batching.shapes import BatchShape, PaddedShape
 from seqloss.records import Float64Array
 
 # Until something was measured: only the ratios matter, and a head makes targets dearer.
@@ -21,50 +21,19 @@ _RIDGE = 1e-9
 _LEAST_FIXED = 2e-4
 
 
-@dataclass(frozen=True, slots=True)
-class BatchShape:
-    """A padded batch, or one per entry of arrays of one shape.
+class CostModel:
+    """Seconds of a batch, by its work: `a + b_enc encoded + b_dec decoded + c attended`.
+
+    Of a batch that is padded that is `a + b_enc U S + b_dec B T + c (U S^2 + B T (S + T))`. No
+    coefficient is negative. Least squares of the relative error over the measured batches, the
+    latest of which count most.
 
     Attributes:
-        num_sources: U.
-        source_length: S, of the longest source.
-        num_targets: B.
-        target_length: T, of the longest target.
+        shapes: how the engine lays batches out.
     """
 
-    num_sources: Any
-    source_length: Any
-    num_targets: Any
-    target_length: Any
-
-    @property
-    def tokens(self) -> Any:
-        """Padded tokens on both sides: U * S + B * T."""
-        return self.num_sources * self.source_length + self.num_targets * self.target_length
-
-    def at(self, index: int) -> BatchShape:
-        """One of several."""
-        return BatchShape(
-            int(self.num_sources[index]),
-            int(self.source_length[index]),
-            int(self.num_targets[index]),
-            int(self.target_length[index]),
-        )
-
-    def work(self) -> tuple[Any, Any, Any]:
-        """Encoder tokens, decoder tokens, and pairs of positions that attend."""
-        source, target = self.source_length, self.target_length
-        encoded, decoded = self.num_sources * source, self.num_targets * target
-        return encoded, decoded, encoded * source + decoded * (source + target)
-
-
-class CostModel:
-    """Seconds of a batch: `a + b_enc U S + b_dec B T + c (U S^2 + B T (S + T))`, none negative.
-
-    Least squares of the relative error over the measured batches, the latest of which count most.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, shapes: type[BatchShape] = PaddedShape) -> None:
+        self.shapes = shapes
         self._numbers: tuple[float, ...] = _PRIOR
         self._products = np.zeros((4, 4))
         self._moments = np.zeros(4)

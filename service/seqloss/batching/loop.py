@@ -16,9 +16,10 @@ from typing import Any
 
 from seqloss.batching.admission import Admission, DeviceBudget
 from seqloss.batching.collate import Collated, collate
-from seqloss.batching.cost import BatchShape, CostModel
+from seqloss.batching.cost import CostModel
 from seqloss.batching.jobs import BatchTimes, Job, Outcome, Selection, halves, num_pairs_of
 from seqloss.batching.queues import BatchingLimits, Formed, Queue
+from seqloss.batching.shapes import shapes_of
 from seqloss.engines.base import Engine
 from seqloss.errors import (
     DeadlineExceededError,
@@ -92,7 +93,7 @@ class Batcher:
         self._engine = engine
         self._metrics = metrics
         self._threads = threads
-        self._cost = cost or CostModel()
+        self._cost = cost or CostModel(shapes_of(is_packed=engine.info.is_packed))
         self._queue = Queue(limits, self._cost)
         self._admission = Admission(limits.max_queue_tokens)
         self._budget = DeviceBudget(limits.max_batch_tokens)
@@ -446,9 +447,7 @@ class Batcher:
 
     def _observe(self, batch: Batch, seconds: float) -> None:
         sources, targets = batch.sources, batch.decoder_input_ids
-        shape = BatchShape(
-            len(sources), int(sources.lengths.max()), len(targets), int(targets.lengths.max())
-        )
+        shape = self._cost.shapes.of(sources.lengths, targets.lengths, batch.source_row)
         self._cost.observe(shape, seconds)
         self._admission.computed(len(sources.values) + len(batch.labels), seconds)
 

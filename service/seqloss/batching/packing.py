@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seqloss.batching.cost import BatchShape, CostModel
+from seqloss.batching.cost import CostModel
+from seqloss.batching.shapes import BatchShape, PaddedShape
 from seqloss.records import BoolArray, Float64Array, Int64Array
 
 # Lengths are below this, so that three numbers sort as one.
@@ -26,7 +27,7 @@ class Caps:
     """What a batch of more than one pair must not exceed.
 
     Attributes:
-        tokens: padded, both sides together.
+        tokens: as the engine lays them out, both sides together.
         pairs: targets.
         seconds: by the cost model; inf where there is no bound.
     """
@@ -115,15 +116,19 @@ def form_batch(candidates: Candidates, anchor: int, caps: Caps, cost: CostModel)
     Returns:
         The batch, as a range of indices around the anchor.
     """
-    # More pairs than that exceed the tokens, since no target is padded to less than the anchor's.
-    longest = min(caps.pairs, caps.tokens // int(candidates.target_lengths[anchor]) + 1)
+    shape = shape_of(candidates.part(slice(anchor, anchor + 1)), cost)
+    # More pairs than that exceed the tokens.
+    longest = min(caps.pairs, caps.tokens // shape.fewest_more + 1)
     first, last = max(anchor - longest, 0), min(anchor + longest, len(candidates))
     near, place = candidates.part(slice(first, last)), anchor - first
     least = _least_seconds(near, cost)
     down, up = slice(place - 1, None, -1) if place else slice(0, 0), slice(place + 1, None)
     below, above = (_Way(near.part(way), least[way]) for way in (down, up))
 
-    alone = _Grown.alone(near, place, float(least[place]), cost)
+    seconds = float(least[place])
+    alone = _Grown(
+        shape, seconds, seconds / float(cost.seconds(shape)), int(near.source_keys[place])
+    )
     upwards, downwards = alone.grow(above, caps, cost), alone.grow(below, caps, cost)
     if upwards.efficiency >= downwards.efficiency:
         whole = upwards.grow(below, caps, cost)
@@ -160,7 +165,7 @@ class _Grown:
     """A batch as far as it was grown.
 
     Attributes:
-        shape: what it is padded to.
+        shape: what it is to the engine.
         least_seconds: what its pairs must take.
         efficiency: of what it takes, so much is what it must.
         anchor_source: the key of the anchor's source, which both ways begin beside.
@@ -171,17 +176,6 @@ class _Grown:
     efficiency: float
     anchor_source: int
 
-    @classmethod
-    def alone(
-        cls, candidates: Candidates, anchor: int, least_seconds: float, cost: CostModel
-    ) -> _Grown:
-        """The anchor and nothing else."""
-        shape = BatchShape(
-            1, int(candidates.source_lengths[anchor]), 1, int(candidates.target_lengths[anchor])
-        )
-        efficiency = least_seconds / float(cost.seconds(shape))
-        return cls(shape, least_seconds, efficiency, int(candidates.source_keys[anchor]))
-
     @property
     def num_pairs(self) -> int:
         return int(self.shape.num_targets)
@@ -189,17 +183,11 @@ class _Grown:
     def grow(self, way: _Way, caps: Caps, cost: CostModel) -> _Grown:
         """Adds a beginning of the way, where equal sources are neighbours; maybe nothing of it."""
         shape, candidates = self.shape, way.candidates
-        if not len(candidates) or shape.tokens + shape.target_length > caps.tokens:
+        if not len(candidates) or shape.tokens + shape.fewest_more > caps.tokens:
             return self
         is_first = differs_from_last(candidates.source_keys)
         is_first[0] = candidates.source_keys[0] != self.anchor_source
-        sources, targets = candidates.source_lengths, candidates.target_lengths
-        shapes = BatchShape(
-            num_sources=is_first.cumsum() + shape.num_sources,
-            source_length=np.maximum.accumulate(np.maximum(sources, shape.source_length)),
-            num_targets=np.arange(shape.num_targets + 1, shape.num_targets + len(candidates) + 1),
-            target_length=np.maximum.accumulate(np.maximum(targets, shape.target_length)),
-        )
+        shapes = shape.grown(candidates.source_lengths, candidates.target_lengths, is_first)
         encoded, decoded, attended = shapes.work()
         # Both rise along the way: what fits is a beginning of it.
         fitting = min(
@@ -222,39 +210,32 @@ class _Grown:
 
 
 def riders(candidates: Candidates, shape: BatchShape, caps: Caps, cost: CostModel) -> Int64Array:
-    """Pairs that may ride along in a batch of this shape: they raise neither of its lengths.
+    """Pairs that may ride along in a batch of this shape: they make it no dearer for the others.
 
     Returns:
-        Indices, rising: as many as the caps allow, of those that are padded the least.
+        Indices, rising: as many as the caps allow, the longest first. So a padded batch is padded
+        the least, and any other is filled up best.
     """
     sources, targets = candidates.source_lengths, candidates.target_lengths
-    encoded, decoded, attended = BatchShape(1, sources, 1, targets).work()
-    padded = BatchShape(1, shape.source_length, 1, shape.target_length).work()
+    fits, more = shape.more(sources, targets)
     alone = cost.seconds_of_work(0, 0, 0)
-    added = cost.seconds_of_work(*padded) - alone
-    worth = cost.seconds_of_work(encoded, decoded, attended) - alone
-    fits = (sources <= shape.source_length) & (targets <= shape.target_length)
+    added = cost.seconds_of_work(*more) - alone
+    worth = cost.seconds(PaddedShape(1, sources, 1, targets)) - alone
+    fits &= shape.tokens + more[0] + more[1] <= caps.tokens
+    fits &= cost.seconds(shape) + added <= caps.seconds
     found = np.flatnonzero(fits & (worth >= _WORTH_RIDING * added))
-    more = np.arange(1, min(len(found), caps.pairs) + 1)
-    shapes = BatchShape(
-        shape.num_sources + more,
-        shape.source_length,
-        shape.num_targets + more,
-        shape.target_length,
-    )
+    best = found[(-worth[found]).argsort(kind="stable")][: caps.pairs]
+    shapes = shape.grown(sources[best], targets[best], np.ones(len(best), np.bool_))
     allowed = (shapes.tokens <= caps.tokens) & (shapes.num_targets <= caps.pairs)
     allowed &= cost.seconds(shapes) <= caps.seconds
-    best: Int64Array = worth[found].argsort(kind="stable")[len(found) - int(allowed.sum()) :]
-    return np.sort(found[best])
+    return np.sort(best[: int(allowed.sum())])
 
 
-def shape_of(candidates: Candidates) -> BatchShape:
+def shape_of(candidates: Candidates, cost: CostModel) -> BatchShape:
     """Of a batch of all the candidates, in packing order."""
-    return BatchShape(
-        num_sources=int(differs_from_last(candidates.source_keys).sum()),
-        source_length=int(candidates.source_lengths.max()),
-        num_targets=len(candidates),
-        target_length=int(candidates.target_lengths.max()),
+    is_first = differs_from_last(candidates.source_keys)
+    return cost.shapes.of(
+        candidates.source_lengths[is_first], candidates.target_lengths, is_first.cumsum() - 1
     )
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from seqloss.batching.cost import BatchShape, CostModel
+from seqloss.batching.cost import CostModel
 from seqloss.batching.jobs import Job, Selection
 from seqloss.batching.packing import Caps, form_batch, riders, shape_of
+from seqloss.batching.shapes import BatchShape
 from seqloss.batching.window import Taken, Window
 from seqloss.records import PRIORITIES, Priority
 
@@ -50,7 +51,7 @@ class Formed:
     Attributes:
         selection: of which jobs, which pairs.
         priority: the class of its anchor.
-        shape: what it is padded to.
+        shape: what it is to the engine.
         is_part: whether it is a half of one that did not fit the device.
     """
 
@@ -158,7 +159,7 @@ class Queue:
             allowed = window.without(ahead)
             candidates, place = candidates.part(allowed), int(allowed.searchsorted(place))
         chosen = form_batch(candidates, place, caps, self._cost)
-        shape = shape_of(candidates.part(chosen))
+        shape = shape_of(candidates.part(chosen), self._cost)
         taken = window.take(chosen if allowed is None else allowed[chosen])
         shape = self._with_riders(taken, shape, caps, other, anchor, window_tokens)
         return self._formed(taken, priority, shape)
@@ -171,7 +172,7 @@ class Queue:
         window = mine.own_window(job, _NOMINAL_COST)
         caps = Caps(self._limits.max_batch_tokens, self._limits.max_batch_pairs)
         chosen = form_batch(window.candidates, 0, caps, _NOMINAL_COST)
-        shape = shape_of(window.candidates.part(chosen))
+        shape = shape_of(window.candidates.part(chosen), _NOMINAL_COST)
         return self._formed(window.take(chosen), job.priority, shape)
 
     def _formed(self, taken: Taken, priority: Priority, shape: BatchShape) -> Formed:
@@ -190,7 +191,7 @@ class Queue:
         anchor: Job,
         window_tokens: int,
     ) -> BatchShape:
-        """Fills the batch up with pairs of the other class, which raise neither of its lengths."""
+        """Fills the batch up with pairs of the other class, see `riders`."""
         waiting = other.anchor()
         if waiting is None or waiting.reproducible or waiting.all_terms != anchor.all_terms:
             return shape
@@ -201,13 +202,10 @@ class Queue:
             window, _ = other.window(waiting, self._cost, window_tokens)
             found = riders(window.candidates, shape, block, self._cost)
             if len(found):
+                riding = window.candidates.part(found)
+                is_new = np.ones(len(found), np.bool_)
                 taken.extend(window.take(found))
-                shape = BatchShape(
-                    shape.num_sources + len(found),
-                    shape.source_length,
-                    shape.num_targets + len(found),
-                    shape.target_length,
-                )
+                shape = shape.grown(riding.source_lengths, riding.target_lengths, is_new).at(-1)
         return shape
 
     def _most_seconds(self, priority: Priority, now: float) -> float:

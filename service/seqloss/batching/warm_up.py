@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from seqloss.batching.cost import BatchShape, CostModel
+from seqloss.batching.cost import CostModel
+from seqloss.batching.shapes import PaddedShape, shapes_of
 from seqloss.bundle.manifest import Manifest
 from seqloss.engines.base import Engine
 from seqloss.errors import ConfigurationError, OutOfMemoryError
@@ -47,7 +48,7 @@ def warm_up(
     Raises:
         ConfigurationError: not even a single short pair fits.
     """
-    cost = CostModel()
+    cost = CostModel(shapes_of(is_packed=engine.info.is_packed))
     tokens = max_batch_tokens
     proves_memory = engine.info.device != "cpu" or engine.info.makes_logits
     while True:
@@ -68,12 +69,12 @@ def warm_up(
         _LOG.warning("max_batch_tokens does not fit the device; trying %d", tokens)
 
 
-def _corners(limits: LengthLimits, tokens: int, max_pairs: int) -> Iterator[BatchShape]:
+def _corners(limits: LengthLimits, tokens: int, max_pairs: int) -> Iterator[PaddedShape]:
     """A short pair alone, many short ones, few long ones, and long sides beside short ones."""
     longest_source = min(limits.max_source_tokens, _LONG, max(1, tokens // 2))
     longest_target = min(limits.max_target_tokens, _LONG, max(1, tokens // 2))
     short_source, short_target = min(_SHORT, longest_source), min(_SHORT, longest_target)
-    yield BatchShape(1, short_source, 1, short_target)
+    yield PaddedShape(1, short_source, 1, short_target)
     for source, target in (
         (short_source, short_target),
         (longest_source, short_target),
@@ -81,10 +82,10 @@ def _corners(limits: LengthLimits, tokens: int, max_pairs: int) -> Iterator[Batc
         (longest_source, longest_target),
     ):
         pairs = max(1, min(max_pairs, tokens // (source + target)))
-        yield BatchShape(pairs, source, pairs, target)
+        yield PaddedShape(pairs, source, pairs, target)
 
 
-def _batch_of(shape: BatchShape, manifest: Manifest, *, all_terms: bool) -> Batch:
+def _batch_of(shape: PaddedShape, manifest: Manifest, *, all_terms: bool) -> Batch:
     vocabulary = manifest.vocabulary
     source_tokens = shape.num_sources * shape.source_length
     target_tokens = shape.num_targets * shape.target_length
