@@ -22,7 +22,7 @@ serve: $(BUNDLE)/manifest.json  ## Serve the demo model; PORT=8000 by default
 	@$(BIN)/python -m seqloss.demo.greeting --port $(PORT)
 	@$(BIN)/seqloss serve demo=$(BUNDLE) --port $(PORT)
 
-# Ray's processes, which are killed by their names, and its ports are the machine's: one at a time.
+# Ray wants processors that nobody else takes, and its ports are the machine's: one at a time.
 RAY_TESTS := tests/distributed/on_ray
 
 test: $(INSTALLED)  ## Run all tests, a few at a time; TEST_ARGS are pytest's

@@ -383,7 +383,10 @@ IN_THE_WEIGHTS: Attacks = {
     "a_product_of_more_columns": (resized_in_both(f"{QKV}.weight", 192, 128), PRODUCT),
     "a_product_of_nothing": (resized_in_both(f"{QKV}.weight", 192, 0), PRODUCT),
     "a_product_of_no_rows": (resized_in_both(f"{QKV}.weight", 0, 64), BIAS),
-    "a_product_of_three_dimensions": (resized_in_both(f"{QKV}.weight", 192, 64, 1), "reorder primitive"),
+    "a_product_of_three_dimensions": (
+        resized_in_both(f"{QKV}.weight", 192, 64, 1),
+        "reorder primitive",
+    ),
     "a_short_bias": (resized_in_both(f"{QKV}.bias", 16), BIAS),
     "a_long_bias": (resized_in_both(f"{QKV}.bias", 4096), BIAS),
     "a_bias_of_two_dimensions": (resized_in_both(f"{QKV}.bias", 192, 1), BIAS),
