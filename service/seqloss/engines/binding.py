@@ -32,7 +32,7 @@ _ROW_BY_ROW = frozenset(
     }
 )
 # And what does along one dimension.
-_ROW_BY_ROW_ALONG = {_ATEN.index_select.default: (1, 0), _ATEN.chunk.default: (2, 1)}
+_ROW_BY_ROW_ALONG = {_ATEN.index_select.default: (1, (0,)), _ATEN.chunk.default: (2, (1, -1))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,8 @@ def bind(module: GraphModule, library: KernelLibrary | None) -> Bound:
 
 def _may_mix_rows(node: Node) -> bool:
     if node.target in _ROW_BY_ROW_ALONG:
-        place, dimension = _ROW_BY_ROW_ALONG[node.target]
-        return node.args[place : place + 1] != (dimension,)
+        place, dimensions = _ROW_BY_ROW_ALONG[node.target]
+        return len(node.args) <= place or node.args[place] not in dimensions
     return node.op == "call_function" and node.target not in _ROW_BY_ROW
 
 
