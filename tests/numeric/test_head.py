@@ -118,19 +118,40 @@ def test_terms_are_those_of_the_full_logits(
 
 
 @every_head
-@pytest.mark.parametrize("behind", [100.0, 5_000.0, 10_000.0, 1e6])
+@pytest.mark.parametrize("behind", [100.0, 5_000.0, 10_000.0, 1e6, 1e10])
 def test_a_label_far_behind_has_a_finite_loss(behind: float, head: Any) -> None:
     """A bias of -10,000 is how checkpoints keep a class from being chosen."""
     hidden, weight, bias, labels = random_head(70, 30)
     bias[labels[::3]] = -behind
-    expected = naive_terms(hidden, weight, bias, labels, [])
+    digits = 2e-7 * behind
+    expected = naive_terms(hidden, weight, bias, labels, [], tie=TOLERANCE + digits)
     target_logprob, mean_logprob, rank, entropy = head(
         output_projection(weight, bias, []), hidden, labels
     )
-    digits = 2e-7 * behind
     for term, name in ((target_logprob, "target_logprob"), (mean_logprob, "mean_logprob")):
         assert (term - expected[name]).abs().max() <= TOLERANCE + digits
-    assert (entropy - expected["entropy"]).abs().max() <= TOLERANCE + digits
+    assert (entropy - expected["entropy"]).abs().max() <= TOLERANCE
+    assert (rank >= expected["least_rank"]).all()
+    assert (rank <= expected["largest_rank"].clamp(min=0)).all()
+
+
+@pytest.mark.parametrize("behind", [100.0, 5_000.0, 1e5, 1e9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_label_far_behind_is_as_good_as_any_in_16_bits(dtype: torch.dtype, behind: float) -> None:
+    """Though 1e5 is beyond a float16, and next to 5,000 a bfloat16 has 4,992 and 5,024."""
+    hidden, weight, bias, labels = random_head(70, 30)
+    bias[labels[::3]] = -behind
+    hidden, weight = hidden.to(dtype).float(), weight.to(dtype).float()
+    # Logits as far as 8 from the largest are rounded to the dtype, and what is added to them too.
+    off = 16 * torch.finfo(dtype).eps
+    tie = off + 2 * torch.finfo(dtype).eps * behind
+    expected = naive_terms(hidden, weight, bias, labels, [], tie=tie)
+    target_logprob, mean_logprob, rank, entropy = LossHead(
+        output_projection(weight, bias, []), dtype=dtype
+    ).terms(hidden, labels, with_ranks_and_entropies=True)
+    for term, name in ((target_logprob, "target_logprob"), (mean_logprob, "mean_logprob")):
+        assert (term - expected[name]).abs().max() <= off + 2e-7 * behind
+    assert (entropy - expected["entropy"]).abs().max() <= off
     assert (rank >= expected["least_rank"]).all()
     assert (rank <= expected["largest_rank"].clamp(min=0)).all()
 

@@ -435,6 +435,22 @@ def test_a_bug_in_the_engine_reaches_those_in_its_batch_alone() -> None:
     asyncio.run(run())
 
 
+def test_a_batch_that_fails_was_time_of_the_device_too() -> None:
+    def fail(_: Batch) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with virtual_service(fail) as service:
+        seen = []
+        for _ in range(2):
+            task = service.start(simple(5))
+            for _ in range(4):
+                service.loop.advance(0.4)
+                seen.append(service.batcher.busy_seconds)
+            assert outcomes(service, task) == [ZeroDivisionError]
+        assert seen == sorted(seen)
+        assert seen[-1] == pytest.approx(2.0)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(any_request(max_pairs=6), min_size=1, max_size=5), st.integers(1, 12))
 def test_a_device_that_is_short_of_memory_scores_all_that_fits_it(

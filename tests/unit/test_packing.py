@@ -399,10 +399,10 @@ def test_whoever_fits_rides_where_nothing_is_padded() -> None:
     candidates = candidates_of(Waiting([(3, target, target) for target in range(1, 25)]).in_order)
     shape = PackedShape(2, 2, 6, 40, 0)
     assert len(riders(candidates, shape, FREE, PACKED)) == 24
-    # The longest that there is room for goes first.
-    for room, longest in ((25, 22), (10, 7), (3, None)):
+    # The longest that there is room for goes first, and who fits into what it leaves.
+    for room, riding in ((25, [22]), (26, [23]), (31, [1, 24]), (10, [7]), (3, [])):
         found = riders(candidates, shape, Caps(tokens=46 + room, pairs=100), PACKED)
-        assert candidates.target_lengths[found].tolist() == ([longest] if longest else [])
+        assert candidates.target_lengths[found].tolist() == riding
 
 
 # ---------------------------------------------------------------- packed batches
@@ -417,6 +417,13 @@ def test_pairs_of_any_length_go_together_where_nothing_is_padded() -> None:
     free = KnownCost(2e-4, 1e-5, 2e-5, 0.0, shapes=PackedShape)
     for anchor in (0, 15, 29):
         assert len(Waiting(pairs, Caps(10**4, 100), free).batch(anchor)) == 30
+
+
+def test_pairs_of_one_source_stand_together_where_nothing_is_padded() -> None:
+    """A source is encoded once for a short translation and a long one."""
+    pairs = [(20, target, key) for key in range(40) for target in (4, 60, 120, 180)]
+    assert num_runs(Waiting(pairs, cost=PACKED).in_order) == 40
+    assert num_runs(Waiting(pairs, cost=PRIOR).in_order) == 160
 
 
 def test_a_packed_batch_is_as_large_as_its_pairs_and_no_larger() -> None:

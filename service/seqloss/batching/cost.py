@@ -57,7 +57,9 @@ class CostModel:
 
     @property
     def target_weight(self) -> float:
-        """How many tokens of a source cost as much as one token of a target."""
+        """How many tokens of a source cost as much as one that a target is padded with."""
+        if not self.shapes.pads:
+            return 0.0
         _, source, target, _ = self._numbers
         return min(100.0, max(0.1, target / max(source, 1e-12)))
 

@@ -356,8 +356,8 @@ class Batcher:
         try:
             terms, begun, seconds = await self._forward(ready)
         finally:
+            self._busy_seconds = self.busy_seconds
             self._computing_since = None
-        self._busy_seconds += seconds
         if terms is None:
             self._split(formed)
             return

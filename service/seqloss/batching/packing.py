@@ -20,6 +20,8 @@ _MASK = (1 << _BITS) - 1
 # A rider's own work is at least so much of what it adds to its batch; else a batch of its like is
 # the better one.
 _WORTH_RIDING = 0.9
+# How often a batch is filled up with those who fit into what the ones before them left.
+_FILLINGS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,22 +215,32 @@ def riders(candidates: Candidates, shape: BatchShape, caps: Caps, cost: CostMode
     """Pairs that may ride along in a batch of this shape: they make it no dearer for the others.
 
     Returns:
-        Indices, rising: as many as the caps allow, the longest first. So a padded batch is padded
-        the least, and any other is filled up best.
+        Indices, rising: the longest that fit, and of those that are left again. So a padded batch
+        is padded the least, and any other is filled up.
     """
     sources, targets = candidates.source_lengths, candidates.target_lengths
     fits, more = shape.more(sources, targets)
     alone = cost.seconds_of_work(0, 0, 0)
     added = cost.seconds_of_work(*more) - alone
     worth = cost.seconds(PaddedShape(1, sources, 1, targets)) - alone
-    fits &= shape.tokens + more[0] + more[1] <= caps.tokens
-    fits &= cost.seconds(shape) + added <= caps.seconds
-    found = np.flatnonzero(fits & (worth >= _WORTH_RIDING * added))
-    best = found[(-worth[found]).argsort(kind="stable")][: caps.pairs]
-    shapes = shape.grown(sources[best], targets[best], np.ones(len(best), np.bool_))
-    allowed = (shapes.tokens <= caps.tokens) & (shapes.num_targets <= caps.pairs)
-    allowed &= cost.seconds(shapes) <= caps.seconds
-    return np.sort(best[: int(allowed.sum())])
+    waiting = np.flatnonzero(fits & (worth >= _WORTH_RIDING * added))
+    waiting = waiting[(-worth[waiting]).argsort(kind="stable")]
+    # Of each, where a padded batch has one number for all.
+    tokens, added = (np.broadcast_to(one, fits.shape) for one in (more[0] + more[1], added))
+    chosen = waiting[:0]
+    for _ in range(_FILLINGS):
+        fits = shape.tokens + tokens[waiting] <= caps.tokens
+        fits &= cost.seconds(shape) + added[waiting] <= caps.seconds
+        waiting = waiting[fits]
+        shapes = shape.grown(sources[waiting], targets[waiting], np.ones(len(waiting), np.bool_))
+        allowed = (shapes.tokens <= caps.tokens) & (shapes.num_targets <= caps.pairs)
+        num_allowed = int((allowed & (cost.seconds(shapes) <= caps.seconds)).sum())
+        if not num_allowed:
+            break
+        chosen = np.concatenate([chosen, waiting[:num_allowed]])
+        waiting = waiting[num_allowed:]
+        shape = shapes.at(num_allowed - 1)
+    return np.sort(chosen)
 
 
 def shape_of(candidates: Candidates, cost: CostModel) -> BatchShape:

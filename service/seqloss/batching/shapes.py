@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -14,7 +14,13 @@ Work = tuple[Any, Any, Any]
 
 
 class BatchShape(Protocol):
-    """A batch, or one per entry of arrays of one length."""
+    """A batch, or one per entry of arrays of one length.
+
+    Attributes:
+        pads: whether a longer pair makes others dearer.
+    """
+
+    pads: ClassVar[bool]
 
     @property
     def num_sources(self) -> Any:
@@ -82,6 +88,8 @@ class PaddedShape:
         num_targets: B.
         target_length: T, of the longest target.
     """
+
+    pads: ClassVar[bool] = True
 
     num_sources: Any
     source_length: Any
@@ -159,6 +167,8 @@ class PackedShape:
         decoded: tokens of all targets.
         attended: pairs of positions.
     """
+
+    pads: ClassVar[bool] = False
 
     num_sources: Any
     num_targets: Any

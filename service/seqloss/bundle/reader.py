@@ -17,14 +17,14 @@ from seqloss.bundle.manifest import (
     SCHEMA_VERSION,
     Graph,
     Manifest,
-    SelfTest,
-    Vocabulary,
     sha256_of,
 )
 from seqloss.bundle.onnx_model import check_onnx
 from seqloss.errors import BundleError
 
 _MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+# Of models without positions to run out of; exported ones are a tenth of that.
+_LONGEST_SELF_TEST = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +157,12 @@ def _layout_faults(manifest: Manifest) -> list[str]:
         for name in ("decoder_start", "pad")
         if getattr(manifest.special_ids, name) >= vocabulary.target
     ]
-    return faults or _self_test_faults(manifest.self_test, vocabulary)
+    return faults or _self_test_faults(manifest)
 
 
-def _self_test_faults(test: SelfTest, vocabulary: Vocabulary) -> list[str]:
+def _self_test_faults(manifest: Manifest) -> list[str]:
     """Its pairs go to the engine as they are, where a wrong id can take the process along."""
+    test, vocabulary = manifest.self_test, manifest.vocabulary
     faults = []
     lengths = [len(ids) for ids in test.target_ids]
     if [len(nlls) for nlls in test.token_nlls] != lengths or len(test.source_index) != len(lengths):
@@ -170,6 +171,12 @@ def _self_test_faults(test: SelfTest, vocabulary: Vocabulary) -> list[str]:
         faults.append("self_test has sequences without tokens")
     if max(test.source_index) >= len(test.source_ids):
         faults.append("self_test.source_index names sources that do not exist")
+    for name, sequences, most in (
+        ("source", test.source_ids, manifest.max_source_tokens),
+        ("target", test.target_ids, manifest.max_target_tokens),
+    ):
+        if (longest := max(map(len, sequences))) > (most or _LONGEST_SELF_TEST):
+            faults.append(f"self_test has a {name} of {longest} tokens, which is too many")
     if any(token >= vocabulary.source for ids in test.source_ids for token in ids):
         faults.append("self_test.source_ids are not in the vocabulary")
     excluded = vocabulary.excluded

@@ -79,14 +79,18 @@ def load_engine(
         engine = open_engine(bundle, graph, device, threads, kernels)
         try:
             require_self_test(engine, bundle.manifest, graph)
-        except SelfTestError:
+        except SelfTestError as error:
             has_kernels = engine.info.has_kernels
             engine.close()
             if kernels.required or not has_kernels:
                 raise
-            _LOG.exception("the kernels do not compute what they should, and are not used")
-            return tested(replace(kernels, cache=None))
-        return engine
+            why = str(error)
+        else:
+            return engine
+        # Here, where nothing holds the weights of the first one any more. It may be the bundle.
+        plain = tested(replace(kernels, cache=None))
+        _LOG.error("the kernels do not compute what they should, and are not used: %s", why)
+        return plain
 
     were_there = kernels.cache is not None and is_built(kernels.cache)
     try:

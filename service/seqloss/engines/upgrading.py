@@ -77,8 +77,8 @@ class UpgradingEngine:
         except KernelsUnavailableError as error:
             _LOG.warning("there are no kernels, and Torch's own operators compute: %s", error)
             return
-        except SelfTestError:
-            _LOG.exception("the kernels do not compute what they should, and are not used")
+        except SelfTestError as error:
+            _LOG.error("the kernels do not compute what they should, and are not used: %s", error)
             return
         except Exception as error:  # whatever it is, the first engine works
             _LOG.exception(

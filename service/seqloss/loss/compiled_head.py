@@ -8,7 +8,7 @@ from torch.nn.functional import softplus
 
 from seqloss.errors import BundleError
 from seqloss.kernels.functions import ClassSums, HeadTokens, KernelLibrary
-from seqloss.loss.head import ABSENT, OutputProjection
+from seqloss.loss.head import OutputProjection
 
 # In nats. Up to here the difference of two such numbers is good to some 3e-6.
 _LARGEST_LEAD = 8
@@ -37,7 +37,7 @@ class CompiledHead:
         self._projection, self._dtype, self._library = projection, dtype, library
         self._panels = library.pack(projection.weight.to(dtype))
         self._bias = projection.bias.new_full(
-            (len(self._panels.values) * library.panel_width,), ABSENT
+            (len(self._panels.values) * library.panel_width,), torch.finfo(torch.float32).min
         )
         self._bias[:classes] = projection.bias
 
@@ -81,15 +81,22 @@ class CompiledHead:
         (rows,) = torch.nonzero(nlls == torch.inf, as_tuple=True)
         if len(rows):
             behind = HeadTokens(*(of[rows] for of in tokens))
-            sums = self._library.class_sums(behind, self._panels, self._bias)
-            largest = behind.label_logits + sums.leads
-            sums = self._library.class_sums(
-                behind._replace(label_logits=largest), self._panels, self._bias
-            )
+            largest = behind.label_logits
+            # The first time it is as coarse as a float of the label's logit is.
+            for _ in range(2):
+                sums = self._sums_from(largest, behind)
+                largest = largest + sums.leads
+            sums = self._sums_from(largest, behind)
             lead = largest.double() - behind.label_logits.double()
             # So far behind, a label adds nothing to the sum.
             nlls[rows] = (sums.totals.log() + lead).float()
         return nlls
+
+    def _sums_from(self, zero: Tensor, tokens: HeadTokens) -> ClassSums:
+        """Of logits relative to these, and not to the label's."""
+        return self._library.class_sums(
+            tokens._replace(label_logits=zero), self._panels, self._bias
+        )
 
     def _entropy(self, sums: ClassSums, tokens: HeadTokens) -> Tensor:
         """Of the whole softmax: is it the label, and if not which other class; in float32.
@@ -102,11 +109,9 @@ class CompiledHead:
         others = _entropy_of_others(sums)
         (rows,) = torch.nonzero(~(nll < _LARGEST_LEAD), as_tuple=True)
         if len(rows):
-            hidden, target_logit, labels = (of[rows] for of in tokens)
-            shifted = HeadTokens(hidden, target_logit + sums.nlls[rows], labels)
-            others[rows] = _entropy_of_others(
-                self._library.class_sums(shifted, self._panels, self._bias)
-            )
+            unlikely = HeadTokens(*(of[rows] for of in tokens))
+            ahead = unlikely.label_logits + sums.nlls[rows]
+            others[rows] = _entropy_of_others(self._sums_from(ahead, unlikely))
         nll_other = softplus(-sums.totals.log())
         # Without any other class, or one that a float32 can tell from 0, there is no doubt.
         is_one = sums.totals > 0

@@ -143,14 +143,27 @@ class LossHead:
         self, hidden: Tensor, labels: Tensor, *, all_terms: bool
     ) -> tuple[Tensor, ...]:
         """`terms` for so few tokens that one block holds them."""
-        weight, bias, mean_weight, mean_bias, softcap = self._projection
+        weight, bias, _, _, softcap = self._projection
         target_logit = (hidden * weight.index_select(0, labels)).sum(-1)
         target_logit = _capped_(target_logit, softcap) + bias.index_select(0, labels)
-        shift = target_logit.to(self._dtype).float()
-        tokens = _Tokens(hidden, labels, shift)
-        remainder = target_logit - shift  # from rounding the shift; 0 in float32
+        tokens = _Tokens(hidden, labels, target_logit, self._rounded(target_logit))
+        terms = self._terms_of(tokens, all_terms=all_terms)
+        # Where another class is ahead of the label by 88 nats, exp does not fit into a float32.
+        (rows,) = torch.nonzero(~(terms[0] > -torch.inf), as_tuple=True)
+        if len(rows):
+            behind = _Tokens(*(of[rows] for of in tokens))
+            # The first time it is as coarse as a number of the label's logit's size is.
+            for _ in range(2):
+                behind = behind._replace(shift=self._rounded(behind.shift + self._lse(behind)))
+            for term, again in zip(terms, self._terms_of(behind, all_terms=all_terms), strict=True):
+                term[rows] = again
+        return terms
 
-        totals = hidden.new_empty(len(hidden), len(self._products))
+    def _terms_of(self, tokens: _Tokens, *, all_terms: bool) -> tuple[Tensor, ...]:
+        """The same, and an infinite loss where exp overflows."""
+        _, _, mean_weight, mean_bias, softcap = self._projection
+        remainder = tokens.target_logit - tokens.shift
+        totals = remainder.new_empty(len(remainder), len(self._products))
         others = _Others(remainder, len(self._products)) if all_terms else None
         logit_sum = remainder.clone()
         for block, logits in enumerate(self._shifted_logits(tokens)):
@@ -161,27 +174,25 @@ class LossHead:
             # float16 has too small a range for exp.
             exp = logits.float() if logits.dtype == torch.float16 else logits
             torch.sum(exp.exp_(), -1, dtype=torch.float32, out=totals[:, block])
-        nll = softplus(self._finite_lse(totals.sum(-1).log(), tokens) - remainder)
+        nll = softplus(totals.sum(-1).log() - remainder)
         # A softcap is no linear function, and the mean of its logits has to be summed up.
         mean_logit = (
-            hidden @ mean_weight + mean_bias
+            tokens.hidden @ mean_weight + mean_bias
             if softcap is None
-            else shift + logit_sum / self._num_classes
+            else tokens.shift + logit_sum / self._num_classes
         )
-        mean_logprob = mean_logit - (target_logit + nll)
+        mean_logprob = mean_logit - (tokens.target_logit + nll)
         return (-nll, mean_logprob, *(others.rank_and_entropy() if others else ()))
 
-    def _finite_lse(self, lse: Tensor, tokens: _Tokens) -> Tensor:
-        """The same, in place, and computed without overflow where it did.
+    def _lse(self, tokens: _Tokens) -> Tensor:
+        """Of all classes but the label, less the shift, without overflow. Shape: (K,)."""
+        of_blocks = [logits.float().logsumexp(-1) for logits in self._shifted_logits(tokens)]
+        return torch.stack(of_blocks, dim=-1).logsumexp(-1)
 
-        Where another class is ahead of the label by 88 nats, exp does not fit into a float32.
-        """
-        (overflowed,) = torch.nonzero(~(lse < torch.inf), as_tuple=True)
-        if len(overflowed):
-            blocks = self._shifted_logits(_Tokens(*(of[overflowed] for of in tokens)))
-            of_blocks = [logits.float().logsumexp(-1) for logits in blocks]
-            lse[overflowed] = torch.stack(of_blocks, dim=-1).logsumexp(-1)
-        return lse
+    def _rounded(self, logits: Tensor) -> Tensor:
+        """In float32, as the dtype of the products has them, with room for another logit."""
+        room = torch.finfo(self._dtype).max / 2
+        return logits.clamp(-room, room).to(self._dtype).float()
 
     def _shifted_logits(self, tokens: _Tokens) -> Iterator[Tensor]:
         """`z - shift` of one block of classes after the other, and -inf for labels.
@@ -228,11 +239,14 @@ class _Tokens(NamedTuple):
     Attributes:
         hidden: float32.
         labels: int64.
-        shift: the target's logit as the dtype of the products has it, in float32.
+        target_logit: float32.
+        shift: what logits are relative to: that as the dtype of the products has it, or where the
+            label is far behind about the largest of the others; in float32.
     """
 
     hidden: Tensor
     labels: Tensor
+    target_logit: Tensor
     shift: Tensor
 
 

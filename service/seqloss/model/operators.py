@@ -23,6 +23,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda values: functional.gelu(values, approximate="tanh"),
 }
+# Of pairs of a query and a key; beyond that sequences are padded in groups.
+_MOST_PADDING = 2
 
 
 def linear(
@@ -109,29 +111,58 @@ def attention(
     Returns:
         Shape: (N, heads * width).
     """
-    num_queries, num_keys = query_ends - query_starts, key_ends - key_starts
-    row, place = (index.to(queries.device) for index in _row_and_place(num_queries))
-    padded = queries.new_zeros(len(num_queries), int(num_queries.max()), queries.shape[1])
-    padded[row, place] = queries
-    positions = torch.arange(int(num_keys.max()), device=keys.device)
-    exists = positions < num_keys.to(keys.device)[:, None]
-    index = torch.where(exists, key_starts.to(keys.device)[:, None] + positions, 0)
-    distance = positions - torch.arange(padded.shape[1], device=keys.device)[:, None]
-    mask = torch.zeros(len(num_queries), 1, *distance.shape, device=keys.device)
+    device = queries.device
+    attended = queries.new_empty(queries.shape, dtype=dtype)
+    for group in _alike(query_ends - query_starts, key_ends - key_starts):
+        starts, ends = query_starts[group], query_ends[group]
+        query_index, _ = _rectangle(starts, ends, device)
+        key_index, is_key = _rectangle(key_starts[group], key_ends[group], device)
+        padded = functional.scaled_dot_product_attention(
+            _by_head(queries[query_index], heads),
+            _by_head(keys[key_index], heads),
+            _by_head(values[key_index], heads),
+            attn_mask=_mask(query_index.shape[1], is_key, bias, causal).to(queries.dtype),
+            scale=scale,
+        )
+        row, place = _row_and_place(ends - starts)
+        token = (starts[row] + place).to(device)
+        found = padded.transpose(1, 2).flatten(2)[row.to(device), place.to(device)]
+        attended[token] = found.to(dtype)
+    return attended
+
+
+def _alike(num_queries: Tensor, num_keys: Tensor) -> list[Tensor | slice]:
+    """Sequences that are padded to the longest among them, a group each.
+
+    Where one is much longer than the others, they are not padded to it: in a group no length is
+    twice another.
+    """
+    pairs = (num_queries * num_keys).sum()
+    if len(num_queries) * num_queries.max() * num_keys.max() <= _MOST_PADDING * pairs:
+        return [slice(None)]
+    sizes = torch.stack([num_queries, num_keys]).float().frexp().exponent
+    size = torch.where(num_queries > 0, 64 * sizes[0] + sizes[1], -1)
+    return [torch.nonzero(size == one)[:, 0] for one in set(size.tolist()) - {-1}]
+
+
+def _rectangle(starts: Tensor, ends: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of sequences, padded with row 0, and which of them are none of that. Shapes: (B, L)."""
+    positions = torch.arange(int((ends - starts).max()), device=device)
+    exists = positions < (ends - starts).to(device)[:, None]
+    return torch.where(exists, starts.to(device)[:, None] + positions, 0), exists
+
+
+def _mask(num_queries: int, is_key: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    """What is added to scores: -inf, or a bias. Shape: (B, 1 or heads, queries, keys)."""
+    device, num_keys = is_key.device, is_key.shape[1]
+    positions = torch.arange(num_keys, device=device)
+    distance = positions - torch.arange(num_queries, device=device)[:, None]
+    mask = torch.zeros(len(is_key), 1, *distance.shape, device=device)
     if bias is not None:
         reach = bias.shape[1] // 2
         mask = mask + bias[:, distance.clamp(-reach, reach) + reach]
-    mask = mask.masked_fill(~exists[:, None, None], -torch.inf)
-    if causal:
-        mask = mask.masked_fill(distance > 0, -torch.inf)
-    attended = functional.scaled_dot_product_attention(
-        _by_head(padded, heads),
-        _by_head(keys[index], heads),
-        _by_head(values[index], heads),
-        attn_mask=mask.to(queries.dtype),
-        scale=scale,
-    )
-    return attended.transpose(1, 2).flatten(2)[row, place].to(dtype)
+    mask = mask.masked_fill(~is_key[:, None, None], -torch.inf)
+    return mask.masked_fill(distance > 0, -torch.inf) if causal else mask
 
 
 def _by_head(rows: Tensor, heads: int) -> Tensor:

@@ -163,9 +163,10 @@ bool are_inside(const Arguments<T>& with, int64_t num_sequences, int64_t queries
 
 template <typename T>
 Outcome attention(const Arguments<T>& with, int64_t num_sequences, int threads) {
-  int64_t pairs = 0;  // of a query and a key
+  double pairs = 0;  // of a query and a key; a product of theirs may be beyond an integer
   for (int64_t i = 0; i < num_sequences; i++)
-    pairs += (with.query_ends[i] - with.query_starts[i]) * (with.key_ends[i] - with.key_starts[i]);
+    pairs += static_cast<double>(with.query_ends[i] - with.query_starts[i]) *
+             static_cast<double>(with.key_ends[i] - with.key_starts[i]);
   const bool is_large = 2 * pairs * with.heads * with.width >= WORTH_THREADS;
   std::atomic<bool> has_memory = true;
 #pragma omp parallel num_threads(threads) if (is_large)

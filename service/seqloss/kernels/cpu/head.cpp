@@ -1,6 +1,7 @@
 // The loss head: sums over the classes of a softmax, whose logits never leave the registers.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <new>
 #include <vector>
 
@@ -11,8 +12,10 @@ namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 40 * ROWS;
 constexpr int64_t PANELS_AT_ONCE = 1024 / WIDTH;
-// What the label's own d is replaced by: exp of it is 0.
+// exp of it is 0.
 constexpr float LEAST = -110.f;
+// What the label's own d is replaced by.
+constexpr float LOWEST = std::numeric_limits<float>::lowest();
 
 // Of each token, over the classes but its label, with d = z - z_label.
 struct Outputs {
@@ -20,7 +23,7 @@ struct Outputs {
   double* totals;    // sum exp(d); missing, as those that follow, where only nlls are wanted
   double* weighted;  // sum exp(d) d
   int32_t* ranks;    // how many d are greater than 0
-  float* leads;      // the largest d, or -110 where that is more
+  float* leads;      // the largest d
 };
 
 // One token's sums over a part of the vocabulary, by lane.
@@ -31,7 +34,7 @@ struct Lanes {
 
 template <>
 struct Lanes<true> {
-  Vector total, weighted, lead = splat(LEAST);
+  Vector total, weighted, lead = splat(LOWEST);
   int32_t rank;
 };
 
@@ -49,7 +52,7 @@ inline void add(const float* products, const float* bias, float label_logit, int
   Vector total = lanes.total;
   for (int j = 0; j < VECTORS; j++) {
     const Vector logits = load(products + j * LANES) + load(bias + j * LANES);
-    const Vector distance = replace_lane(logits - splat(label_logit), label - j * LANES, least);
+    const Vector distance = replace_lane(logits - splat(label_logit), label - j * LANES, splat(LOWEST));
     const Vector exp = exponential(distance);
     total += exp;
     if constexpr (ALL) {
@@ -100,7 +103,7 @@ void head(const T* hidden, const float* label_logits, const int64_t* labels, con
 #pragma omp parallel for num_threads(threads) if (is_large)
   for (int64_t token = 0; token < tokens; token++) {
     double total = 0, weighted = 0;
-    float lead = LEAST;
+    float lead = LOWEST;
     int32_t rank = 0;
     for (int64_t part = 0; part < parts; part++) {
       const PartSums& own = sums[part * tokens + token];
