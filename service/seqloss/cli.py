@@ -233,7 +233,8 @@ def _add_ray_score(ray_score: argparse.ArgumentParser) -> None:
     ray_score.add_argument(
         "--address", help="of a Ray cluster (default: $RAY_ADDRESS, else this machine alone)"
     )
-    for name in ("device", "engine", "precision", "max-batch-tokens"):
+    ray_score.add_argument("--device", help="auto, cpu or cuda: a card for each (default: auto)")
+    for name in ("engine", "precision", "max-batch-tokens"):
         ray_score.add_argument(f"--{name}", help="as of seqloss serve")
     ray_score.set_defaults(run=_ray_score)
 

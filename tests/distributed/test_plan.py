@@ -239,7 +239,9 @@ def test_an_output_that_holds_something_else_is_refused_and_left_alone(
 
 def begun_in(output: Path, name: str) -> Path:
     """What somebody who was killed left of a file."""
-    return Path((Location.of(str(output)) / name)._begun(b"").path)
+    left = Path((Location.of(str(output)) / name).unfinished().path)
+    left.touch()
+    return left
 
 
 def test_only_the_same_run_sweeps(dataset: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from seqloss.distributed.pool import Placement, Pool
+from seqloss.distributed.pool import Placement, Pool, device_of_workers
 from seqloss.errors import ConfigurationError
 
 
@@ -77,3 +77,15 @@ def test_who_has_a_place_begins(
     assert Placement.of(pool, "auto", cluster).workers == pool.workers
     (record,) = caplog.records
     assert f"are asked for, and {places} have a place" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("auto", "auto"), ("cpu", "cpu"), ("cuda", "cuda"), ("cuda:0", "cuda")]
+)
+def test_a_worker_s_card_is_its_first(device: str, expected: str) -> None:
+    assert device_of_workers(device) == expected
+
+
+def test_no_worker_has_another_card_than_its_first() -> None:
+    with pytest.raises(ConfigurationError, match=r"'cuda:1' was asked for, .* say cuda"):
+        device_of_workers("cuda:1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from pyarrow import fs
 
 from seqloss.distributed import storage
 from seqloss.distributed.storage import Location, patiently
+from seqloss.errors import ConfigurationError
 
 
 def test_a_file_is_there_whole_and_nothing_else_is(tmp_path: Path) -> None:
@@ -31,14 +33,16 @@ def test_what_was_never_finished_is_no_data_to_those_who_read_the_folder(
     pq.write_table(pa.table({"row": [1]}), sink)
     content = sink.getvalue().to_pybytes()
     location.write(content)
-    location._begun(content)  # and here its writer is killed
+    Path(location.unfinished().path).write_bytes(content[:9])  # and here its writer is killed
     assert len(list(tmp_path.iterdir())) == 2
     assert pq.read_table(tmp_path).to_pydict() == {"row": [1]}
 
 
 def test_only_what_was_begun_of_ours_is_swept(tmp_path: Path) -> None:
     folder = Location.of(str(tmp_path))
-    begun = [(folder / name)._begun(b"") for name in ("a.parquet", "b.parquet")]
+    begun = [(folder / name).unfinished() for name in ("a.parquet", "b.parquet")]
+    for one in begun:
+        Path(one.path).touch()
     others = ["a.parquet.tmp", "_unfinished-a.parquet", "notes.tmp", "a.parquet"]
     for name in others:
         (tmp_path / name).touch()
@@ -47,23 +51,56 @@ def test_only_what_was_begun_of_ours_is_swept(tmp_path: Path) -> None:
     assert left == {*others, Path(begun[1].path).name}
 
 
+@pytest.mark.parametrize("write", [Location.write, Location.write_first])
+@pytest.mark.parametrize("before", ["_flush", "move"])
 def test_what_another_run_sweeps_is_written_again(
+    before: str,
+    write: Callable[[Location, bytes], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As soon as the file has a name, or when all of it is there."""
+    monkeypatch.setattr(storage, "_PAUSES_SECONDS", (0.0,))
+    flush, num_swept = storage._flush, 0
+
+    def sweeping(path: str) -> None:
+        for step in (flush, sweep) if before == "move" else (sweep, flush):
+            step(path)
+
+    def sweep(_: str) -> None:
+        nonlocal num_swept
+        if not num_swept:
+            num_swept += 1
+            Location.of(str(tmp_path)).sweep(["a.parquet"])
+
+    monkeypatch.setattr(storage, "_flush", sweeping)
+    write(Location.of(str(tmp_path)) / "a.parquet", b"scores")
+    assert num_swept == 1
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"scores"]
+
+
+def test_what_cannot_be_written_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(_: str) -> None:
+        raise OSError("no space is left")
+
     monkeypatch.setattr(storage, "_PAUSES_SECONDS", (0.0,))
-    begin, swept = Location._begun, []
+    monkeypatch.setattr(storage, "_flush", fail)
+    with pytest.raises(OSError, match="no space"):
+        (Location.of(str(tmp_path)) / "a.parquet").write(b"scores")
+    assert not list(tmp_path.iterdir())
 
-    def begun(location: Location, content: bytes) -> Location:
-        made = begin(location, content)
-        if not swept:
-            swept.append(made)
-            made.remove()
-        return made
 
-    monkeypatch.setattr(Location, "_begun", begun)
-    (Location.of(str(tmp_path)) / "a.parquet").write(b"scores")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"scores"]
-    assert len(swept) == 1
+def test_a_folder_that_is_not_there_is_no_sweep(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        (Location.of(str(tmp_path / "gone")) / "a.parquet").write(b"scores")
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.jsonl")).touch()
+    with pytest.raises(ConfigurationError, match=r"xff.* is not UTF-8; rename it"):
+        list(Location.of(str(tmp_path)).all_files())
 
 
 def test_of_many_who_write_a_file_first_one_does(tmp_path: Path) -> None:
@@ -124,11 +161,16 @@ def test_a_store_is_asked_three_times(
 
 
 def test_an_answer_is_not_asked_for_again() -> None:
+    num_asked = 0
+
     def ask() -> None:
+        nonlocal num_asked
+        num_asked += 1
         raise FileNotFoundError("there is none")
 
-    with pytest.raises(FileNotFoundError):  # at once
+    with pytest.raises(FileNotFoundError):
         patiently(ask)
+    assert num_asked == 1
 
 
 @pytest.mark.parametrize(

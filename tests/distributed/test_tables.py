@@ -310,6 +310,26 @@ def test_columns_of_pairs_can_be_kept_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
+    "number", ["340282366920938463463374607431768211455", "1.10", "[1, 2.50e3]", "-7", "true"]
+)
+def test_numbers_are_kept_digit_by_digit(number: str) -> None:
+    """Another file may know a row by one."""
+    line = f'{{"source_ids": [1], "target_ids": [2], "id": {number}}}'
+    table, errors = table_of([line.encode()], IDS, ["id"])
+    assert table.column("id").to_pylist() == [number.replace(" ", "")]
+    assert errors == {}
+
+
+@pytest.mark.parametrize("depth", [300, 1000])
+def test_what_is_nested_too_deeply_to_be_kept_is_an_error_of_its_row(depth: int) -> None:
+    good = b'{"source_ids": [1], "target_ids": [2], "note": [[]]}'
+    deep = good.replace(b"[[]]", b"[" * depth + b"]" * depth)
+    table, errors = table_of([good, deep], IDS, ["note"])
+    assert table.column("note").to_pylist() == ["[[]]", None]
+    assert errors == {1: "malformed_line: 'note' is nested too deeply to be kept"}
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         (b"{", "malformed_line: unexpected end of data, at character 1"),

@@ -76,6 +76,14 @@ def test_a_partition_that_ends_its_workers_is_given_up_by_name(work: Work) -> No
         scorer(batch_of(second))
 
 
+def test_a_partition_that_is_written_ended_nobody(work: Work) -> None:
+    """Ray asks for it again where it has lost what was said of it."""
+    attempts = Attempts()
+    scorer = PartitionScorer(work, attempts)
+    for _ in range(7):
+        assert scorer(batch_of(errands(work)[0])) == {"pairs": [3], "errors": [0]}
+
+
 def test_a_worker_that_ends_while_it_loads_is_given_up(work: Work) -> None:
     attempts = Attempts()
     for _ in range(3):

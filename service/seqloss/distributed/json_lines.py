@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ def table_of(
         for name in (columns.source, columns.target)
     }
     for name in (name for name in kept if name not in arrays):
-        arrays[name] = pa.array([_text(each.get(name)) for each in rows], pa.string())
+        texts = [_text(each, name, row, lines[row], errors) for row, each in enumerate(rows)]
+        arrays[name] = pa.array(texts, pa.string())
     return pa.table(arrays), errors
 
 
@@ -68,7 +70,21 @@ def _is_ids(value: Any) -> bool:
     return not value or (min(value) >= _LEAST and max(value) <= _GREATEST)
 
 
-def _text(value: Any) -> str | None:
+def _text(read: dict[str, Any], name: str, row: int, line: bytes, errors: Errors) -> str | None:
+    """One that is kept."""
+    value = read.get(name)
     if value is None or isinstance(value, str):
         return value
-    return orjson.dumps(value).decode()
+    try:
+        if not isinstance(value, int):
+            # With its numbers as they stand there: a float has not the digits of each of them.
+            read = json.loads(line, parse_float=_as_it_stands, parse_int=_as_it_stands)
+            value = read[name]
+        return orjson.dumps(value).decode()
+    except (orjson.JSONEncodeError, RecursionError):
+        errors.setdefault(row, f"malformed_line: {name!r} is nested too deeply to be kept")
+        return None
+
+
+def _as_it_stands(number: str) -> orjson.Fragment:
+    return orjson.Fragment(number)

@@ -7,6 +7,7 @@ scores of two runs are never taken for one's.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -53,6 +54,8 @@ _FEWEST_ROWS = 500
 _PARTITIONS_PER_WORKER = 4
 
 _DISTRIBUTIONS = {"torch": ("torch",), "onnx": ("onnxruntime", "onnxruntime-gpu")}
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,7 @@ def plan_in_output(
     _require_apart(source, files, output)
     surveyed = survey(source, files, work.columns.names(work.kept))
     _check_columns(work, surveyed[0].schema)
-    output.filesystem.create_dir(output.path, recursive=True)
+    output.make_folder()
     noted = output / PLAN_NAME
     states = tuple(file.state for file in surveyed)
     if not noted.info.is_file:
@@ -190,7 +193,10 @@ def finish(work: Work, plan: Plan) -> None:
     total = sum(partition.num_rows for partition in plan.partitions)
     summary = {"pairs": total, "partitions": len(plan.partitions)}
     (output / SUMMARY_NAME).write(orjson.dumps(summary))
-    _sweep(output, plan)
+    try:
+        _sweep(output, plan)
+    except OSError as error:
+        _LOG.warning("all is scored, and %s still has unfinished files: %s", output.path, error)
 
 
 def _sweep(output: Location, plan: Plan) -> None:

@@ -82,6 +82,22 @@ class Placement:
         return cls(wanted, cpus, gpus)
 
 
+def device_of_workers(device: str) -> str:
+    """What each is told: Ray shows it one card, which is its first.
+
+    Raises:
+        ConfigurationError: another card is asked for.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return device
+    if index in ("", "0"):
+        return kind
+    raise ConfigurationError(
+        f"device {device!r} was asked for, and Ray gives each worker a card of its own; say cuda"
+    )
+
+
 def _share(processors: Sequence[int], workers: int | None) -> int:
     """As many as each of so many workers can have on some machine."""
     smallest = min((size for size in processors if size), default=1)

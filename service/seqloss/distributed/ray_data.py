@@ -21,7 +21,7 @@ from seqloss.distributed.plan import (
     made_with,
     plan_in_output,
 )
-from seqloss.distributed.pool import Placement, Pool
+from seqloss.distributed.pool import Placement, Pool, device_of_workers
 from seqloss.distributed.storage import Location, absolute
 from seqloss.distributed.workers import Errand, PartitionScorer, Work
 from seqloss.errors import ConfigurationError, SeqlossError
@@ -103,7 +103,9 @@ def _resolved(work: Work) -> tuple[Work, dict[str, object]]:
         output=absolute(work.output),
         bundle=absolute(work.bundle),
         # Their own environment decides nothing that scores depend on.
-        settings=given | {name: getattr(settings, name) for name in SCORE_SETTINGS},
+        settings=given
+        | {name: getattr(settings, name) for name in SCORE_SETTINGS}
+        | {"device": device_of_workers(settings.device)},
         bundle_digest=bundle.digest,
     )
     return resolved, made_with(resolved, bundle)

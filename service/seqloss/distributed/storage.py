@@ -88,20 +88,29 @@ class Location:
     @property
     def contents(self) -> dict[str, int]:
         """The files of a folder by their names, and their sizes in bytes."""
-        found = patiently(lambda: self.filesystem.get_file_info(fs.FileSelector(self.path)))
+        found = self._found(fs.FileSelector(self.path))
         return {one.base_name: one.size for one in found if one.type == fs.FileType.File}
 
     def all_files(self) -> Iterator[fs.FileInfo]:
         """Those of a folder and all below it, and whatever else is there that is no folder."""
         below = fs.FileSelector(self.path, recursive=True)
         folders = [self.path]
-        for one in patiently(lambda: self.filesystem.get_file_info(below)):
+        for one in self._found(below):
             if one.type == fs.FileType.Directory:
                 folders.append(one.path)
             else:
                 yield one
         for path in chain.from_iterable(map(_dangling, folders if self._is_local else ())):
             yield fs.FileInfo(str(path), fs.FileType.NotFound)
+
+    def _found(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+        found = patiently(lambda: self.filesystem.get_file_info(selector))
+        try:
+            return [one for one in found if one.path]  # names are read when they are asked for
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(
+                f"below {self.path} the name {error.object!r} is not UTF-8; rename it"
+            ) from error
 
     def contains(self, other: Location) -> bool:
         """Whether the other is the same, or lies in it, wherever links lead."""
@@ -129,40 +138,63 @@ class Location:
     def write(self, content: bytes) -> None:
         """A whole file, that replaces what is there; nobody ever sees a part of it."""
 
-        def write() -> None:
-            begun = self._begun(content)
-            try:
-                self.filesystem.move(begun.path, self.path)
-            except FileNotFoundError as error:
-                raise OSError(f"{begun.path} was swept by another run") from error
+        def finish(begun: Location) -> None:
+            self.filesystem.move(begun.path, self.path)
 
-        patiently(write)
+        patiently(lambda: self._write(content, finish))
 
     def write_first(self, content: bytes) -> None:
         """A whole file, unless there is one; of those who try at once one writes it.
 
         In a store, which knows no way to keep others out, the last one does.
         """
-        begun = self._begun(content)
-        if (self._is_local and _linked(begun.path, self.path)) or self.info.is_file:
-            begun.remove()
-        else:
-            self.filesystem.move(begun.path, self.path)
 
-    def _begun(self, content: bytes) -> Location:
-        """A file beside it, with its content and another name."""
+        def finish(begun: Location) -> None:
+            if (self._is_local and _linked(begun.path, self.path)) or self.info.is_file:
+                begun.remove()
+            else:
+                self.filesystem.move(begun.path, self.path)
+
+        patiently(lambda: self._write(content, finish))
+
+    def _write(self, content: bytes, finish: Callable[[Location], None]) -> None:
+        """A file of another name, which is given this one when all of it is there.
+
+        Raises:
+            OSError: it cannot be written, or another run has swept it. It is gone then.
+        """
+        begun = self.unfinished()
+        try:
+            with self.filesystem.open_output_stream(begun.path) as stream:
+                stream.write(content)
+            if self._is_local:
+                _flush(begun.path)
+            finish(begun)
+        except BaseException as error:
+            with suppress(OSError):
+                begun.remove()
+            if isinstance(error, FileNotFoundError) and self._has_folder():
+                raise OSError(f"{begun.path} was swept by another run") from error
+            raise
+
+    def unfinished(self) -> Location:
+        """What a file may be called while it is written."""
         folder, _, name = self.path.rpartition("/")
-        begun = Location(self.filesystem, f"{folder}/{_UNFINISHED}{uuid.uuid4().hex}-{name}")
-        with self.filesystem.open_output_stream(begun.path) as stream:
-            stream.write(content)
-        if self._is_local:
-            _flush(begun.path)
-        return begun
+        return Location(self.filesystem, f"{folder}/{_UNFINISHED}{uuid.uuid4().hex}-{name}")
+
+    def _has_folder(self) -> bool:
+        folder, _, _ = self.path.rpartition("/")
+        found: fs.FileInfo = Location(self.filesystem, folder).info
+        return bool(found.type == fs.FileType.Directory)
+
+    def make_folder(self) -> None:
+        """And all above it, unless they are there."""
+        patiently(lambda: self.filesystem.create_dir(self.path, recursive=True))
 
     def remove(self) -> None:
         """A file, if it is there."""
         with suppress(FileNotFoundError):
-            self.filesystem.delete_file(self.path)
+            patiently(lambda: self.filesystem.delete_file(self.path))
 
     def sweep(self, names: Collection[str]) -> None:
         """Removes from a folder what was begun of files of these names and never finished."""

@@ -227,6 +227,7 @@ class PartitionScorer:
             place.write(sink.getvalue().to_pybytes())
         except OSError as error:
             raise ConfigurationError(f"{place.path} cannot be written: {error}") from error
+        self._attempts.done(errand.output_name)
         return table
 
     def _scored(self, partition: Partition, scorer: PairScorer) -> pa.Table:
