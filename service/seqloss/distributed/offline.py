@@ -66,23 +66,30 @@ class OfflineModel:
         self._runner = asyncio.Runner()
         self._device = ThreadPoolExecutor(1, "seqloss-device")
         self._host = ThreadPoolExecutor(1, "seqloss-host")
-        self._runtime = self._runner.run(
-            self._started(
-                LossRuntime(
-                    opened.folder.name,
-                    opened,
-                    load_settings(**(settings | unlimited)),
-                    Metrics(CollectorRegistry()).model("offline"),
-                    _load_with_kernels,
-                )
-            )
+        self._runtime = LossRuntime(
+            opened.folder.name,
+            opened,
+            load_settings(**(settings | unlimited)),
+            Metrics(CollectorRegistry()).model("offline"),
+            _load_with_kernels,
         )
+        try:
+            self._runner.run(self._start())
+        except BaseException:
+            self.close()
+            raise
         process.settle()
 
-    async def _started(self, runtime: LossRuntime) -> LossRuntime:
-        await runtime.load(Threads(self._device, self._host), self._device)
-        runtime.open()
-        return runtime
+    async def _start(self) -> None:
+        await self._runtime.load(Threads(self._device, self._host), self._device)
+        self._runtime.open()
+
+    def close(self) -> None:
+        """Frees the device's memory; no call follows."""
+        self._runner.run(self._runtime.close())
+        self._runner.close()
+        for threads in (self._device, self._host):
+            threads.shutdown()
 
     @property
     def described(self) -> dict[str, str]:

@@ -103,6 +103,10 @@ class PairScorer:
         """What computes."""
         return self._model.described
 
+    def close(self) -> None:
+        """Frees the device's memory, in a process that goes on; no call follows."""
+        self._model.close()
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
