@@ -18,19 +18,18 @@ _MAX_PROBE_TOKENS = 1024
 def self_test_errors(engine: Engine, manifest: Manifest) -> Float64Array:
     """Absolute differences of token nlls, in nats: all pairs in one batch, then each one alone.
 
-    Each is scored without and with ranks and entropies. Shape: (tokens of all these,), float64;
-    NaN where a nll is not finite.
+    All are scored without and with ranks and entropies, and every other one alone is with them.
+    Shape: (tokens of all these,), float64; NaN where a nll is not finite.
     """
     test = manifest.self_test
     start = manifest.special_ids.decoder_start
     sources = [test.source_ids[index] for index in test.source_index]
     whole = slice(None)
-    alone = [slice(index, index + 1) for index in range(len(sources))]
+    alone = [(slice(index, index + 1), index % 2 == 1) for index in range(len(sources))]
     return np.concatenate(
         [
             np.abs(nlls - np.concatenate(test.token_nlls[group]))
-            for group in (whole, *alone)
-            for all_terms in (False, True)
+            for group, all_terms in ((whole, False), (whole, True), *alone)
             for nlls in [
                 token_nlls(
                     engine, sources[group], test.target_ids[group], start, all_terms=all_terms
