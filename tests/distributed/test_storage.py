@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -90,6 +91,27 @@ def test_what_cannot_be_written_leaves_nothing(
     with pytest.raises(OSError, match="no space"):
         (Location.of(str(tmp_path)) / "a.parquet").write(b"scores")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_is_gone_is_asked_for_no_longer_than_patience_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone:
+        """Says so, whatever is asked."""
+
+        def __getattr__(self, _: str) -> Callable[..., None]:
+            def fail(*_: object) -> None:
+                raise OSError("the store is gone")
+
+            return fail
+
+    pauses: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    for write in (Location.write, Location.write_first):
+        pauses.clear()
+        with pytest.raises(OSError, match="is gone"):
+            write(Location(cast("fs.FileSystem", Gone()), "bucket/part"), b"scores")
+        assert pauses == [*storage._PAUSES_SECONDS]
 
 
 def test_a_folder_that_is_not_there_is_no_sweep(tmp_path: Path) -> None:

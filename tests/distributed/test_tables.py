@@ -320,6 +320,13 @@ def test_numbers_are_kept_digit_by_digit(number: str) -> None:
     assert errors == {}
 
 
+def test_a_column_that_is_not_kept_may_be_nested_as_deeply_as_it_likes() -> None:
+    line = f'{{"source_ids": [1], "target_ids": [2], "id": 1.5, "note": {"[" * 1000}{"]" * 1000}}}'
+    table, errors = table_of([line.encode()], IDS, ["id"])
+    assert table.column("id").to_pylist() == ["1.5"]
+    assert errors == {}
+
+
 @pytest.mark.parametrize("depth", [300, 1000])
 def test_what_is_nested_too_deeply_to_be_kept_is_an_error_of_its_row(depth: int) -> None:
     good = b'{"source_ids": [1], "target_ids": [2], "note": [[]]}'

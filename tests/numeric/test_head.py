@@ -156,6 +156,23 @@ def test_a_label_far_behind_is_as_good_as_any_in_16_bits(dtype: torch.dtype, beh
     assert (rank <= expected["largest_rank"].clamp(min=0)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_label_far_behind_has_its_rank_among_those_about_it(dtype: torch.dtype) -> None:
+    """Thousands are within a step of 16 bits as it is at the largest logit's distance."""
+    hidden, weight, bias, labels = random_head(5_000, 20, 0.2)
+    hidden, weight = hidden.to(dtype).float(), weight.to(dtype).float()
+    bias.zero_()
+    bias[0] = 110
+    labels = labels.clamp(min=1)
+    off = 4 * torch.finfo(dtype).eps
+    expected = naive_terms(hidden, weight, bias, labels, [], tie=off)
+    assert (expected["largest_rank"] - expected["least_rank"]).max() <= 200
+    head = LossHead(output_projection(weight, bias, []), dtype=dtype)
+    _, _, rank, _ = head.terms(hidden, labels, with_ranks_and_entropies=True)
+    assert (rank >= expected["least_rank"]).all()
+    assert (rank <= expected["largest_rank"]).all()
+
+
 @every_head
 def test_excluded_classes_leave_the_softmax_the_mean_and_the_ranks(head: Any) -> None:
     hidden, weight, bias, _ = random_head(60, 25)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager
@@ -449,6 +450,27 @@ def test_a_batch_that_fails_was_time_of_the_device_too() -> None:
             assert outcomes(service, task) == [ZeroDivisionError]
         assert seen == sorted(seen)
         assert seen[-1] == pytest.approx(2.0)
+
+
+def _parse_for(seconds: float) -> None:
+    """Holds up the loop, as a large body does."""
+    time.sleep(seconds)
+
+
+def test_batches_that_a_busy_loop_hears_of_late_were_time_of_the_device_all_the_same() -> None:
+    async def run() -> None:
+        def compute(_: Batch) -> None:
+            time.sleep(0.01)
+
+        limits = BatchingLimits(1000, max_batch_pairs=1, max_queue_tokens=10**6)
+        async with service_of(FakeEngine(compute), limits) as service:
+            tasks = await service.submit(simple(5, num_pairs=10))
+            while not tasks[0].done():
+                _parse_for(0.02)
+                await asyncio.sleep(0)
+            assert service.batcher.busy_seconds >= 10 * 0.01
+
+    asyncio.run(run())
 
 
 @settings(max_examples=50, deadline=None)

@@ -353,10 +353,12 @@ class Batcher:
                 self._metrics.queue_wait(job.priority, job.queue_seconds)
             job.num_batches += 1
         self._queue.started(formed.priority, self._formed())
+        seconds = 0.0
         try:
             terms, begun, seconds = await self._forward(ready)
         finally:
-            self._busy_seconds = self.busy_seconds
+            # The loop may hear late of a beginning, and of an end; of a failure only it knows.
+            self._busy_seconds = max(self.busy_seconds, self._busy_seconds + seconds)
             self._computing_since = None
         if terms is None:
             self._split(formed)

@@ -232,7 +232,8 @@ def riders(candidates: Candidates, shape: BatchShape, caps: Caps, cost: CostMode
         fits = shape.tokens + tokens[waiting] <= caps.tokens
         fits &= cost.seconds(shape) + added[waiting] <= caps.seconds
         waiting = waiting[fits]
-        shapes = shape.grown(sources[waiting], targets[waiting], np.ones(len(waiting), np.bool_))
+        first = waiting[: max(caps.pairs - shape.num_targets, 0)]
+        shapes = shape.grown(sources[first], targets[first], np.ones(len(first), np.bool_))
         allowed = (shapes.tokens <= caps.tokens) & (shapes.num_targets <= caps.pairs)
         num_allowed = int((allowed & (cost.seconds(shapes) <= caps.seconds)).sum())
         if not num_allowed:

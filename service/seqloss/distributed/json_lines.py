@@ -13,6 +13,8 @@ from seqloss.distributed.tables import Errors, PairColumns
 
 _IDS = pa.list_(pa.int64())
 _LEAST, _GREATEST = -(2**63), 2**63 - 1
+# What reading a line leaves as it is.
+_EXACT = (str, int, type(None))
 
 
 def table_of(
@@ -31,9 +33,13 @@ def table_of(
         name: _pair_column([each.get(name) for each in rows], name, errors, is_text=columns.is_text)
         for name in (columns.source, columns.target)
     }
-    for name in (name for name in kept if name not in arrays):
-        texts = [_text(each, name, row, lines[row], errors) for row, each in enumerate(rows)]
-        arrays[name] = pa.array(texts, pa.string())
+    others = [name for name in kept if name not in arrays]
+    texts = [
+        _texts(each, others, row, line, errors)
+        for row, (each, line) in enumerate(zip(rows, lines, strict=True))
+    ]
+    for place, name in enumerate(others):
+        arrays[name] = pa.array([each[place] for each in texts], pa.string())
     return pa.table(arrays), errors
 
 
@@ -70,21 +76,33 @@ def _is_ids(value: Any) -> bool:
     return not value or (min(value) >= _LEAST and max(value) <= _GREATEST)
 
 
-def _text(read: dict[str, Any], name: str, row: int, line: bytes, errors: Errors) -> str | None:
-    """One that is kept."""
-    value = read.get(name)
-    if value is None or isinstance(value, str):
-        return value
-    try:
-        if not isinstance(value, int):
-            # With its numbers as they stand there: a float has not the digits of each of them.
-            read = json.loads(line, parse_float=_as_it_stands, parse_int=_as_it_stands)
-            value = read[name]
-        return orjson.dumps(value).decode()
-    except (orjson.JSONEncodeError, RecursionError):
-        errors.setdefault(row, f"malformed_line: {name!r} is nested too deeply to be kept")
-        return None
+def _texts(
+    read: dict[str, Any], names: Sequence[str], row: int, line: bytes, errors: Errors
+) -> list[str | None]:
+    """A row's kept columns."""
+    exact = _as_it_stands(read, names, line)
+    texts: list[str | None] = []
+    for name in names:
+        value = exact.get(name)
+        try:
+            is_text = value is None or isinstance(value, str)
+            texts.append(value if is_text else orjson.dumps(value).decode())
+        except orjson.JSONEncodeError:
+            errors.setdefault(row, f"malformed_line: {name!r} is nested too deeply to be kept")
+            texts.append(None)
+    return texts
 
 
-def _as_it_stands(number: str) -> orjson.Fragment:
-    return orjson.Fragment(number)
+def _as_it_stands(read: dict[str, Any], names: Sequence[str], line: bytes) -> dict[str, Any]:
+    """The same object, with its numbers digit by digit, which a float may not have."""
+    if all(isinstance(read.get(name), _EXACT) for name in names):
+        return read
+    # Integers beyond 64 bits are rare, and to look at each of them costs more than all else.
+    for integer in (int, orjson.Fragment):
+        try:
+            exact: dict[str, Any] = json.loads(line, parse_float=orjson.Fragment, parse_int=integer)
+            orjson.dumps([exact.get(name) for name in names])
+        except (ValueError, RecursionError, orjson.JSONEncodeError):
+            continue
+        return exact
+    return read

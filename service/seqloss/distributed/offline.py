@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,6 +25,8 @@ from seqloss.runtime import LossRuntime
 from seqloss.scorer import ScoredRequest, ScoreOptions
 from seqloss.settings import load_settings
 from seqloss.tokenization.encoder import TextEncoder
+
+_LOG = logging.getLogger(__name__)
 
 # Nobody else waits, and what is asked for is in memory already.
 _NO_LIMIT = 2**62
@@ -76,7 +79,10 @@ class OfflineModel:
         try:
             self._runner.run(self._start())
         except BaseException:
-            self.close()
+            try:
+                self.close()
+            except Exception:  # what went wrong before is what counts
+                _LOG.exception("a model that could not be loaded could not be closed either")
             raise
         process.settle()
 
@@ -89,7 +95,7 @@ class OfflineModel:
         self._runner.run(self._runtime.close())
         self._runner.close()
         for threads in (self._device, self._host):
-            threads.shutdown()
+            threads.shutdown(wait=not self._runtime.is_stuck)
 
     @property
     def described(self) -> dict[str, str]:

@@ -195,7 +195,7 @@ def finish(work: Work, plan: Plan) -> None:
     (output / SUMMARY_NAME).write(orjson.dumps(summary))
     try:
         _sweep(output, plan)
-    except OSError as error:
+    except (OSError, ConfigurationError) as error:
         _LOG.warning("all is scored, and %s still has unfinished files: %s", output.path, error)
 
 

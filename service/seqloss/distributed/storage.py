@@ -171,8 +171,8 @@ class Location:
                 _flush(begun.path)
             finish(begun)
         except BaseException as error:
-            with suppress(OSError):
-                begun.remove()
+            with suppress(OSError):  # asked once: whoever writes has patience already
+                self.filesystem.delete_file(begun.path)
             if isinstance(error, FileNotFoundError) and self._has_folder():
                 raise OSError(f"{begun.path} was swept by another run") from error
             raise

@@ -66,18 +66,25 @@ class CompiledHead:
         )
         tokens = HeadTokens(hidden.to(self._dtype), target_logit, labels)
         if not with_ranks_and_entropies:
-            nll = self._finite(self._library.nlls(tokens, self._panels, self._bias), tokens)
+            nll = self._library.nlls(tokens, self._panels, self._bias)
+            self._make_finite(nll, tokens)
             return -nll, mean_logit - (target_logit + nll)
         sums = self._library.class_sums(tokens, self._panels, self._bias)
-        nll = self._finite(sums.nlls, tokens)
-        return -nll, mean_logit - (target_logit + nll), sums.ranks, self._entropy(sums, tokens)
+        nll = sums.nlls
+        about_largest = self._make_finite(nll, tokens)
+        entropy = self._entropy(sums, tokens, about_largest)
+        return -nll, mean_logit - (target_logit + nll), sums.ranks, entropy
 
-    def _finite(self, nlls: Tensor, tokens: HeadTokens) -> Tensor:
-        """The same, in place, where exp did not fit into a float32: beyond 88 nats.
+    def _make_finite(self, nlls: Tensor, tokens: HeadTokens) -> Tensor:
+        """Corrects, in place, those for which exp did not fit into a float32: beyond 88 nats.
 
         The other classes are summed up again relative to the largest of them, and not to the
         label's logit, by the same kernel, so that here too no token's bits depend on another's.
+
+        Returns:
+            About the largest logit of each token. Shape: (K,).
         """
+        about_largest = tokens.label_logits + nlls
         (rows,) = torch.nonzero(nlls == torch.inf, as_tuple=True)
         if len(rows):
             behind = HeadTokens(*(of[rows] for of in tokens))
@@ -90,7 +97,8 @@ class CompiledHead:
             lead = largest.double() - behind.label_logits.double()
             # So far behind, a label adds nothing to the sum.
             nlls[rows] = (sums.totals.log() + lead).float()
-        return nlls
+            about_largest[rows] = largest
+        return about_largest
 
     def _sums_from(self, zero: Tensor, tokens: HeadTokens) -> ClassSums:
         """Of logits relative to these, and not to the label's."""
@@ -98,20 +106,19 @@ class CompiledHead:
             tokens._replace(label_logits=zero), self._panels, self._bias
         )
 
-    def _entropy(self, sums: ClassSums, tokens: HeadTokens) -> Tensor:
+    def _entropy(self, sums: ClassSums, tokens: HeadTokens, about_largest: Tensor) -> Tensor:
         """Of the whole softmax: is it the label, and if not which other class; in float32.
 
         That of the others is `log total - weighted / total`, two numbers of about the size of how
-        far they are ahead; where that is much they are summed up again, with their own sum in the
-        place of the label's logit.
+        far they are ahead; where that is much they are summed up again, with about the largest of
+        them in the place of the label's logit.
         """
         nll = sums.nlls.double()
         others = _entropy_of_others(sums)
         (rows,) = torch.nonzero(~(nll < _LARGEST_LEAD), as_tuple=True)
         if len(rows):
             unlikely = HeadTokens(*(of[rows] for of in tokens))
-            ahead = unlikely.label_logits + sums.nlls[rows]
-            others[rows] = _entropy_of_others(self._sums_from(ahead, unlikely))
+            others[rows] = _entropy_of_others(self._sums_from(about_largest[rows], unlikely))
         nll_other = softplus(-sums.totals.log())
         # Without any other class, or one that a float32 can tell from 0, there is no doubt.
         is_one = sums.totals > 0

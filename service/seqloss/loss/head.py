@@ -18,6 +18,9 @@ from torch.nn.functional import softplus
 VOCABULARY_BLOCK = 1024
 TOKEN_BLOCK = 1024
 
+# Its place among the terms.
+_RANK = 2
+
 # Stands for "not in the softmax": exp of it is exactly 0 beside any real logit, and unlike -inf it
 # stays finite in products with a probability of 0.
 ABSENT = -1e30
@@ -155,8 +158,11 @@ class LossHead:
             # The first time it is as coarse as a number of the label's logit's size is.
             for _ in range(2):
                 behind = behind._replace(shift=self._rounded(behind.shift + self._lse(behind)))
-            for term, again in zip(terms, self._terms_of(behind, all_terms=all_terms), strict=True):
-                term[rows] = again
+            again = self._terms_of(behind, all_terms=all_terms)
+            for place, term in enumerate(terms):
+                # Who is ahead of the label is seen best from there.
+                if place != _RANK:
+                    term[rows] = again[place]
         return terms
 
     def _terms_of(self, tokens: _Tokens, *, all_terms: bool) -> tuple[Tensor, ...]:

@@ -112,7 +112,7 @@ def attention(
         Shape: (N, heads * width).
     """
     device = queries.device
-    attended = queries.new_empty(queries.shape, dtype=dtype)
+    attended = queries.new_zeros(queries.shape, dtype=dtype)
     for group in _alike(query_ends - query_starts, key_ends - key_starts):
         starts, ends = query_starts[group], query_ends[group]
         query_index, _ = _rectangle(starts, ends, device)

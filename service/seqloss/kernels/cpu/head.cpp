@@ -52,7 +52,8 @@ inline void add(const float* products, const float* bias, float label_logit, int
   Vector total = lanes.total;
   for (int j = 0; j < VECTORS; j++) {
     const Vector logits = load(products + j * LANES) + load(bias + j * LANES);
-    const Vector distance = replace_lane(logits - splat(label_logit), label - j * LANES, splat(LOWEST));
+    const Vector distance =
+        replace_lane(logits - splat(label_logit), label - j * LANES, splat(LOWEST));
     const Vector exp = exponential(distance);
     total += exp;
     if constexpr (ALL) {
