@@ -139,6 +139,24 @@ def bundle_of(engine_name: EngineName, export_once: Callable[..., Bundle]) -> Ca
     return functools.partial(export_once, engine=engine_name)
 
 
+@pytest.fixture
+def closed_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Closes the models that workers load in a test's own process; one that ends need not."""
+    from seqloss.distributed.offline import OfflineModel
+
+    opened: list[OfflineModel] = []
+    make = OfflineModel.__init__
+
+    def noted(model: OfflineModel, *arguments: Any, **named: Any) -> None:
+        make(model, *arguments, **named)
+        opened.append(model)
+
+    monkeypatch.setattr(OfflineModel, "__init__", noted)
+    yield
+    for model in opened:
+        model.close()
+
+
 @pytest.fixture(scope="session", name="kernel_library")
 def _kernel_library(request: pytest.FixtureRequest) -> Any:
     """See `compiled_kernels.kernel_library`; the parameter is one of its levels."""

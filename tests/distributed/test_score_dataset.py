@@ -23,6 +23,8 @@ from seqloss.errors import BundleError, ConfigurationError
 
 POOL = Pool(partition_rows=10)
 
+pytestmark = pytest.mark.usefixtures("closed_models")
+
 
 @pytest.fixture(scope="module")
 def bundle(export_once: Callable[..., Bundle]) -> Bundle:

@@ -20,6 +20,8 @@ from seqloss.distributed.storage import Location
 from seqloss.distributed.workers import Errand, PartitionScorer, Work
 from seqloss.errors import ConfigurationError, EngineDeadError
 
+pytestmark = pytest.mark.usefixtures("closed_models")
+
 
 @pytest.fixture(scope="module")
 def bundle(export_once: Callable[..., Bundle]) -> Bundle:
