@@ -26,7 +26,7 @@ serve: $(BUNDLE)/manifest.json  ## Serve the demo model; PORT=8000 by default
 RAY_TESTS := tests/distributed/on_ray
 
 test: $(INSTALLED)  ## Run all tests, a few at a time; TEST_ARGS are pytest's
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --ignore $(RAY_TESTS) $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 $(TEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(RAY_TESTS)
 
 test-long: $(INSTALLED)  ## Look for bugs in the batching with random examples, for an hour or so

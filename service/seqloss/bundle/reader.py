@@ -172,11 +172,11 @@ def _self_test_faults(manifest: Manifest) -> list[str]:
     if max(test.source_index) >= len(test.source_ids):
         faults.append("self_test.source_index names sources that do not exist")
     for name, sequences, most in (
-        ("source", test.source_ids, manifest.max_source_tokens),
-        ("target", test.target_ids, manifest.max_target_tokens),
+        ("source", test.source_ids, manifest.max_source_tokens or _LONGEST_SELF_TEST),
+        ("target", test.target_ids, manifest.max_target_tokens or _LONGEST_SELF_TEST),
     ):
-        if (longest := max(map(len, sequences))) > (most or _LONGEST_SELF_TEST):
-            faults.append(f"self_test has a {name} of {longest} tokens, which is too many")
+        if (longest := max(map(len, sequences))) > most:
+            faults.append(f"self_test has a {name} of {longest} tokens, and at most {most} go")
     if any(token >= vocabulary.source for ids in test.source_ids for token in ids):
         faults.append("self_test.source_ids are not in the vocabulary")
     excluded = vocabulary.excluded
